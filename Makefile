@@ -1,0 +1,45 @@
+# make demo    the main job on a fresh machine: virtual environment, install, run
+# make test    the same environment: lint, types, tests, a smoke test on each supported Lightning, build
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LIGHTNINGS := 2.4.0 2.5.5
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types unit matrix package clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/embed_sentences.py
+
+test: lint types unit matrix package
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+# Other Lightning versions lie in folders of their own, laid over the same environment.
+matrix: $(LIGHTNINGS:%=.matrix/%)
+	set -e; for version in $(LIGHTNINGS); do \
+		echo "Lightning $$version"; PYTHONPATH=.matrix/$$version $(BIN)/python -m pytest -m smoke -W ignore -q; done
+
+.matrix/%: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ lightning==$*
+
+package: $(STAMP)
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/dist . > build.log 2>&1 || (cat build.log; exit 1)
+	rm -f build.log
+
+$(STAMP): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .matrix build
