@@ -39,6 +39,8 @@ $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	# Apart from the rest: see tests/vision.py.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/vision timm torchvision
 	touch $@
 
 clean:

@@ -1,5 +1,22 @@
 """Fast `trainer.predict` on Intel Gaudi (HPU) for PyTorch Lightning."""
 
+import os
+
+from lightning_hpu_infer import accelerator as _accelerator
+from lightning_hpu_infer import strategies as _strategies
+from lightning_hpu_infer.accelerator import HPUInferenceAccelerator
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.pipeline import InferencePipeline
+from lightning_hpu_infer.strategies import HPUInferenceStrategy
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["HPUInferenceAccelerator", "HPUInferenceStrategy", "InferenceConfig", "InferencePipeline", "__version__"]
+
+_accelerator.register()
+_strategies.register()
+
+if os.environ.get("LIGHTNING_HPU_INFER_EMULATOR", "0") not in ("", "0"):
+    from lightning_hpu_infer import emulator as _emulator
+
+    _emulator.install()

@@ -1,0 +1,101 @@
+"""The one door to Habana's PyTorch bridge. Nothing else imports `habana_frameworks`.
+
+Where `lightning_hpu_infer.emulator` is installed, the same imports find its modules, so nothing here knows of it.
+Imports stay inside functions: importing the bridge opens the device.
+"""
+
+import gc
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE_TYPE = "hpu"
+
+
+def is_installed() -> bool:
+    """Whether `habana_frameworks` can be imported: Habana's own, or the emulator's."""
+    return find_spec("habana_frameworks") is not None
+
+
+def is_available() -> bool:
+    """Whether this process can compute on an HPU."""
+    return is_installed() and bool(_hpu().is_available())
+
+
+def device_count() -> int:
+    """Devices that the bridge sees; 0 where there is no bridge."""
+    return int(_hpu().device_count()) if is_installed() else 0
+
+
+def memory_stats(device: torch.device) -> dict[str, Any]:
+    """Device memory by the bridge's names (`InUse`, `MaxInUse`, `Limit`, ...), in bytes."""
+    return dict(_hpu().memory_stats(device))
+
+
+def is_lazy() -> bool:
+    """Whether ops are accumulated until a step marker. Decided by the bridge when it was imported."""
+    from habana_frameworks.torch.utils.internal import is_lazy
+
+    return bool(is_lazy())
+
+
+def mark_step() -> None:
+    """Launch what was accumulated. In lazy mode nothing runs on the device before this or an implicit flush."""
+    from habana_frameworks.torch import core
+
+    core.mark_step()
+
+
+def record_event() -> Any:
+    """An event behind all that was launched so far; its `synchronize()` waits with the GIL released."""
+    event = _hpu().Event()
+    event.record()
+    return event
+
+
+def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Wrap a function of device tensors so that it is captured on its first call and replayed afterwards.
+
+    The returned tensors are the graph's own: the next replay overwrites them, also through `detach()` and views
+    (bridge `hpu/graphs.py`: every call returns the object of the capturing call). The caller must copy what it keeps.
+
+    `disable_tensor_cache=True` because the other mode keeps the tensors of the first call as static inputs and
+    overwrites them on every later call, and those may be a batch that somebody still holds.
+    """
+    wrap: Callable[..., Callable[..., list[Tensor]]] = _hpu().wrap_in_hpu_graph_func
+    return wrap(function, disable_tensor_cache=True)
+
+
+def reset_capture(error: BaseException) -> None:
+    """Clear the bridge's process-wide capture flags after `error` ended a capture.
+
+    They stay set until the failed graph dies, and `dry_run` until the end of some later capture (bridge
+    `HPUGraph.cpp`). The error's tracebacks keep the graph alive through the locals of their frames, so these are
+    dropped; the tracebacks themselves stay readable.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__context__
+    gc.collect()
+    graph = _hpu().HPUGraph()
+    graph.capture_begin()
+    graph.capture_end()
+
+
+def cast_on_host(dtype: torch.dtype) -> bool:
+    """Whether the bridge casts this dtype in a pageable temporary before it copies, so that pinning is of no use.
+
+    The device has no 64-bit types in lazy mode (bridge `lazy_kernels.cpp`, `copy_hpu_lazy_H2D`).
+    """
+    return is_lazy() and dtype in (torch.int64, torch.float64)
+
+
+def _hpu() -> Any:
+    import habana_frameworks.torch.hpu as hpu
+
+    return hpu

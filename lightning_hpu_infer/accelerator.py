@@ -1,0 +1,164 @@
+"""The one object that users pass to the Trainer."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from lightning.fabric.accelerators.registry import _AcceleratorRegistry
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_hpu_infer import _habana
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.loop import PipelinedPredictionLoop
+
+
+class HPUInferenceAccelerator(Accelerator):
+    """Makes `trainer.predict` keep an Intel Gaudi busy: `Trainer(accelerator=HPUInferenceAccelerator())`.
+
+    Each technique of Intel's guide "Optimize Inference on PyTorch" is one flag. With all of them off, prediction is
+    stock Lightning's. Without an HPU the same code runs on the CPU.
+
+    Args:
+        hpu_graphs: Capture the networks that `predict_step` calls as HPU graphs and replay them.
+        async_copy: Stage inputs in pinned host memory and copy them without waiting.
+        pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
+        prefetch: Batches that the host prepares ahead, 0 to 1024. Used when `pipelining`.
+        in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
+        defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
+            Lightning's hook order and device tensors. Used when `pipelining`.
+        max_graphs: Captured graphs per network, 1 to 65536. Used when `hpu_graphs`.
+
+    Raises:
+        TypeError: If a value is of the wrong type.
+        ValueError: If a number is out of its range.
+
+    Example::
+
+        trainer = Trainer(accelerator=HPUInferenceAccelerator())
+        predictions = trainer.predict(model, dataloader)
+    """
+
+    def __init__(
+        self,
+        *,
+        hpu_graphs: bool = True,
+        async_copy: bool = True,
+        pipelining: bool = True,
+        prefetch: int = 2,
+        in_flight: int = 1,
+        defer_hooks: bool = True,
+        max_graphs: int = 16,
+    ) -> None:
+        # Spelled out, not **kwargs: LightningCLI reads this signature.
+        self.config = InferenceConfig(
+            hpu_graphs=hpu_graphs,
+            async_copy=async_copy,
+            pipelining=pipelining,
+            prefetch=prefetch,
+            in_flight=in_flight,
+            defer_hooks=defer_hooks,
+            max_graphs=max_graphs,
+        )
+
+    def setup_device(self, device: torch.device) -> None:
+        """Check the device that the strategy was built with.
+
+        Raises:
+            MisconfigurationException: If it is neither an HPU nor the CPU.
+        """
+        if device.type not in (_habana.DEVICE_TYPE, "cpu"):
+            raise MisconfigurationException(f"HPUInferenceAccelerator runs on hpu or cpu, the strategy has {device}.")
+
+    def setup(self, trainer: Trainer) -> None:
+        """Put the device and the prediction loop in place. Called before the model moves to the device."""
+        device = select_device()
+        if device.type == "cpu":
+            _warn_of_cpu()
+        strategy = trainer.strategy
+        if isinstance(strategy, SingleDeviceStrategy):
+            # Lightning builds `SingleDeviceStrategy("cpu")` for any accelerator that it does not know.
+            strategy._root_device = device
+        precision = trainer.precision_plugin
+        if isinstance(precision, MixedPrecision):
+            # Lightning takes "cuda" for any accelerator that it does not know, which silently means no autocast.
+            precision.device = device.type
+        PipelinedPredictionLoop.take_over(trainer.predict_loop, self.config)
+
+    def teardown(self) -> None:
+        """Nothing is kept between runs."""
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Device memory in bytes by the bridge's names; empty on the CPU."""
+        device = torch.device(device)
+        return _habana.memory_stats(device) if device.type == _habana.DEVICE_TYPE else {}
+
+    @staticmethod
+    def parse_devices(devices: int | str | list[int]) -> int:
+        """The number of devices asked for.
+
+        Raises:
+            MisconfigurationException: If that is not a positive number, or more than one.
+        """
+        count = len(devices) if isinstance(devices, list) else _to_count(devices)
+        if count != 1:
+            raise MisconfigurationException(f"HPUInferenceAccelerator supports `devices=1` for now, got {devices!r}.")
+        return count
+
+    @staticmethod
+    def get_parallel_devices(devices: int) -> list[torch.device]:
+        """One device per process: the bridge ignores the index (bridge `csrc/bindings.cpp`)."""
+        return [select_device()] * devices
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """What `devices="auto"` means."""
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        """Always true: without an HPU the CPU stands in, with a warning."""
+        return True
+
+    @staticmethod
+    def name() -> str:
+        """The name in Lightning's registry."""
+        return "hpu_infer"
+
+    @classmethod
+    def register_accelerators(cls, accelerator_registry: _AcceleratorRegistry) -> None:
+        """Make `accelerator="hpu_infer"` work. Does nothing the second time."""
+        if cls.name() not in accelerator_registry:
+            accelerator_registry.register(cls.name(), cls, description="Fast prediction on Intel Gaudi")
+
+
+def select_device() -> torch.device:
+    """The device of this process: an HPU, real or emulated, if there is one, else the CPU."""
+    return torch.device(_habana.DEVICE_TYPE, 0) if _habana.is_available() else torch.device("cpu")
+
+
+def register() -> None:
+    """Make the accelerator known to Lightning by name."""
+    HPUInferenceAccelerator.register_accelerators(AcceleratorRegistry)
+
+
+def _to_count(devices: int | str) -> int:
+    try:
+        return int(devices)
+    except ValueError:
+        raise MisconfigurationException(
+            f"`devices` must be a number, a list of numbers or 'auto', got {devices!r}."
+        ) from None
+
+
+@cache
+def _warn_of_cpu() -> None:
+    rank_zero_warn(
+        "No HPU was found: HPUInferenceAccelerator predicts on the CPU. On a Gaudi machine, install Habana's PyTorch"
+        " bridge (`habana_frameworks`). To try the HPU code path on any machine, emulate one: call"
+        " `lightning_hpu_infer.emulator.install()` or set LIGHTNING_HPU_INFER_EMULATOR=1."
+    )

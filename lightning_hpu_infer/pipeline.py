@@ -1,0 +1,167 @@
+"""The engine: batches are launched on the device and retired in order, some batches behind. Needs no Trainer."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_hpu_infer import _habana
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.fetch import PendingOutput
+from lightning_hpu_infer.graphs import NetworkGraphs
+from lightning_hpu_infer.prefetch import Prefetcher
+from lightning_hpu_infer.transfer import stage, to_device
+
+T = TypeVar("T")
+
+
+class InFlight(Generic[T]):
+    """The batches that were launched and not yet retired, oldest first.
+
+    Launching batch k+1 before the output of batch k is fetched keeps the device busy, since fetching waits for
+    batch k only (bridge `device.cpp`: a copy to the host waits for the producer of its own source).
+
+    Args:
+        launch: Enqueues the work of one item and returns its output without waiting for the device.
+        depth: Items that may stay in flight behind the newest.
+    """
+
+    def __init__(self, launch: Callable[[T], PendingOutput], depth: int) -> None:
+        self._launch = launch
+        self._depth = depth
+        self._pending: deque[tuple[T, PendingOutput]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the oldest item has to be retired before another may be launched."""
+        return len(self._pending) > self._depth
+
+    def launch(self, item: T) -> None:
+        """Enqueue an item. Does not wait."""
+        self._pending.append((item, self._launch(item)))
+
+    def retire(self) -> tuple[T, Any]:
+        """Wait for the oldest item; returns it with its output. This is the only wait.
+
+        Raises:
+            IndexError: If nothing is in flight.
+        """
+        item, output = self._pending.popleft()
+        return item, output.result()
+
+    def clear(self) -> None:
+        """Forget what is in flight."""
+        self._pending.clear()
+
+
+class DeviceStep:
+    """Calls a step so that its networks run as HPU graphs and all that it enqueued is launched.
+
+    Args:
+        step: What to call per batch.
+        root: The module whose networks the step calls.
+        device: Where the step runs. Anywhere but on an HPU the step is just called.
+        config: `hpu_graphs` and `max_graphs` are used.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], root: nn.Module, device: torch.device, config: InferenceConfig
+    ) -> None:
+        self._step = step
+        self._on_hpu = device.type == _habana.DEVICE_TYPE
+        self._graphs = None
+        if self._on_hpu and config.hpu_graphs and _habana.is_lazy():
+            self._graphs = NetworkGraphs(root, config.max_graphs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Enqueue the step and launch it; does not wait for the device."""
+        with self._graphs.step() if self._graphs is not None else nullcontext():
+            output = self._step(*args, **kwargs)
+        if self._on_hpu:
+            _habana.mark_step()
+        return output
+
+    def close(self) -> None:
+        """Undo what was done to the networks."""
+        if self._graphs is not None:
+            self._graphs.restore()
+
+
+class InferencePipeline:
+    """Prediction with graphs, non-blocking copies and pipelining, without a Trainer.
+
+    Args:
+        model: Takes one batch and returns any collection of tensors. It is moved to `device` and set to eval mode.
+        device: An HPU if there is one, else the CPU.
+        config: The same flags as `HPUInferenceAccelerator`'s; by default all techniques are on.
+
+    Example::
+
+        with InferencePipeline(model) as pipeline:
+            for output in pipeline.predict(batches):   # in order, on the host
+                ...
+
+        with InferencePipeline(model) as pipeline:     # or by hand, where batches come one by one
+            pipeline.push(first)
+            pipeline.push(second)                      # the device works on `first` meanwhile
+            output = pipeline.pop()                    # of `first`
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device | str | None = None, config: InferenceConfig | None = None
+    ) -> None:
+        self.config = config if config is not None else InferenceConfig()
+        self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
+        self._step = DeviceStep(model.eval().to(self.device), model, self.device, self.config)
+        self._in_flight = InFlight(self._launch, self.config.in_flight if self.config.pipelining else 0)
+
+    def __enter__(self) -> "InferencePipeline":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def close(self) -> None:
+        """Forget what is in flight, release the graphs and give the model its own `forward` back."""
+        self._in_flight.clear()
+        self._step.close()
+
+    def push(self, batch: Any) -> None:
+        """Launch a batch of host tensors. Does not wait for the device."""
+        self._in_flight.launch(self._prepare(batch))
+
+    def pop(self) -> Any:
+        """Wait for the oldest batch pushed and return its output with host tensors.
+
+        Raises:
+            IndexError: If every batch pushed was popped.
+        """
+        with torch.inference_mode():
+            return self._in_flight.retire()[1]
+
+    def predict(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Outputs of `batches` in order, with host tensors. Later batches are prepared and launched meanwhile."""
+        depth = self.config.prefetch if self.config.pipelining else 0
+        with Prefetcher(map(self._prepare, batches), depth, torch.inference_mode) as prepared:
+            for batch in prepared:
+                self._in_flight.launch(batch)
+                if self._in_flight.overdue:
+                    yield self.pop()
+        while self._in_flight:
+            yield self.pop()
+
+    def _prepare(self, batch: Any) -> Any:
+        return stage(batch) if self.config.async_copy and self.device.type == _habana.DEVICE_TYPE else batch
+
+    def _launch(self, batch: Any) -> PendingOutput:
+        with torch.inference_mode():
+            return PendingOutput(self._step(to_device(batch, self.device)), self.device)

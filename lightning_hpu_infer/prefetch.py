@@ -1,0 +1,111 @@
+"""The prefetching stage: a host thread that prepares batches ahead of the device."""
+
+import contextvars
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+T = TypeVar("T")
+
+_JOIN_SECONDS = 10.0
+
+
+class _End:
+    """What the thread puts last: the error that ended it, or None at the natural end."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class Prefetcher(Generic[T]):
+    """Iterates over `source` in a thread, at most `depth` items ahead, in order.
+
+    A place is reserved *before* an item is pulled, so that the items being prepared and those ready never add up to
+    more than `depth`. An error of the source is raised in the consumer behind the items that came before it, with the
+    traceback of the thread. With `depth=0` there is no thread: items are pulled when they are asked for.
+
+    Use it as a context manager: leaving it stops the thread and drops what is ready.
+
+    Args:
+        source: What to iterate over. With a thread, only the thread touches it.
+        depth: Items ahead of the consumer.
+        context: Makes the context that the thread runs in. Grad and inference mode are per thread in torch, so a
+            thread that handles tensors has to enter its own.
+
+    Example::
+
+        with Prefetcher(batches, depth=2, context=torch.inference_mode) as ahead:
+            for batch in ahead:
+                ...
+    """
+
+    def __init__(self, source: Iterator[T], depth: int, context: Callable[[], AbstractContextManager[object]]) -> None:
+        self._source = source
+        self._context = context
+        self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
+        self._places = threading.Semaphore(depth)
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        if depth:
+            # The consumer's context variables hold in the thread too, as they would without one.
+            run = contextvars.copy_context().run
+            self._thread = threading.Thread(target=run, args=(self._produce,), name="hpu-infer-prefetch", daemon=True)
+
+    def __enter__(self) -> "Prefetcher[T]":
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._thread is None:
+            return next(self._source)
+        if self._stopped.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, _End):
+            self._stopped.set()
+            if item.error is not None:
+                raise item.error
+            raise StopIteration
+        self._places.release()
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it. What it has prepared is dropped. May be called again."""
+        self._stopped.set()
+        self._places.release()
+        if self._thread is None or not self._thread.is_alive():
+            return
+        self._thread.join(_JOIN_SECONDS)
+        if self._thread.is_alive():
+            rank_zero_warn(
+                f"The dataloader did not return within {_JOIN_SECONDS:g} s after prediction ended. Its thread is left"
+                " behind and ends when the dataloader returns; set a `timeout` on the DataLoader to bound this."
+            )
+
+    def _produce(self) -> None:
+        error: BaseException | None = None
+        try:
+            with self._context():
+                while self._reserve():
+                    try:
+                        self._ready.put(next(self._source))
+                    except StopIteration:
+                        break
+        except BaseException as exception:
+            error = exception
+        self._ready.put(_End(error))
+
+    def _reserve(self) -> bool:
+        self._places.acquire()
+        return not self._stopped.is_set()

@@ -1,0 +1,40 @@
+"""Inputs on their way to the device: staging in pinned host memory, then copies that do not wait."""
+
+from collections import UserDict
+from typing import Any
+
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, device
+
+from lightning_hpu_infer import _habana
+
+
+def stage(batch: Any) -> Any:
+    """Copy the host tensors of a batch to pinned memory, from where the device reads them without the host's help.
+
+    Every tensor gets a buffer of its own that nobody writes again. So there is no moment at which a buffer could be
+    reused too early, and the bridge keeps a buffer alive until its copy is done (bridge `tensor_utils.cpp`).
+
+    Safe in any thread: it allocates host memory and touches no device tensor.
+
+    Args:
+        batch: Any collection of host tensors of any shape and dtype. Tensors that are pinned, sparse, or of a dtype
+            that the bridge converts on the host, and objects with a `.to` of their own, stay as they are.
+    """
+    return apply_to_collection(batch, (Tensor, UserDict), _stage_leaf)
+
+
+def _stage_leaf(data: Any) -> Any:
+    if isinstance(data, UserDict):
+        # As `BatchEncoding.to` does: rebuilding it from its items would lose its other attributes.
+        data.data = stage(data.data)
+        return data
+    if data.device.type != "cpu" or data.is_sparse or not data.numel() or _habana.cast_on_host(data.dtype):
+        return data
+    return data.pin_memory(_habana.DEVICE_TYPE)
+
+
+def to_device(batch: Any, target: device) -> Any:
+    """Issue the copies of a batch to the device and return at once; the device runs what depends on them later."""
+    return move_data_to_device(batch, target)
