@@ -1,0 +1,1 @@
+"""Habana's extensions; only what lightning-habana imports."""

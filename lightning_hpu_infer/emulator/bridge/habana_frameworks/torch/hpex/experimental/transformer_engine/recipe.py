@@ -1,0 +1,10 @@
+"""Recipes of fp8 scaling."""
+
+from typing import Any
+
+
+class DelayedScaling:
+    """Holds its options."""
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__.update(options)

@@ -1,0 +1,320 @@
+"""HPU graphs: capture a function's device work once and replay it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from habana_frameworks.torch import _hpu_C
+from habana_frameworks.torch.hpu import streams
+
+__all__ = [
+    "CachedParams",
+    "HPUGraph",
+    "ModuleCacher",
+    "copy_to",
+    "extract_tensors",
+    "get_user_input_tensor_list",
+    "graph",
+    "input_hash",
+    "is_current_stream_capturing",
+    "make_graphed_callables",
+    "wrap_in_hpu_graph",
+    "wrap_in_hpu_graph_func",
+    "wrapped_hpugraph_forward",
+]
+
+
+class HPUGraph:
+    """A recorded piece of device work."""
+
+    def __init__(self) -> None:
+        self.hpu_graph = _hpu_C.HPUGraph()
+
+    def capture_begin(self, dry_run: bool = False) -> None:
+        """Start to record; with `dry_run` nothing is launched."""
+        _hpu_C.capture_begin(self.hpu_graph, dry_run)
+
+    def capture_end(self) -> None:
+        """Stop recording."""
+        _hpu_C.capture_end(self.hpu_graph)
+
+    def replay(self, asynchronous: bool = False) -> None:
+        """Run again on the static inputs."""
+        _hpu_C.replay(self.hpu_graph, asynchronous)
+
+    def replayV2(self, static_tlist: list[Any], tlist: list[Any], asynchronous: bool = False) -> None:  # noqa: N802
+        """Copy `tlist` into the static inputs and run."""
+        _hpu_C.replayV2(self.hpu_graph, static_tlist, tlist, asynchronous)
+
+    def replayV3(self, tlistI: list[Any], asynchronous: bool = False) -> None:  # noqa: N802, N803
+        """Run on the tensors in place of the marked inputs that matched."""
+        _hpu_C.replayV3(self.hpu_graph, tlistI, asynchronous)
+
+    def clear_inputs(self) -> None:
+        """Drop the memory of the matched inputs; synchronize first."""
+        _hpu_C.clear_inputs(self.hpu_graph)
+
+    def mark_user_outputs(self, outputs: list[Any]) -> None:
+        """Name the outputs to keep."""
+        _hpu_C.mark_user_outputs(self.hpu_graph, outputs)
+
+    def mark_user_inputs(self, inputs: list[Any]) -> None:
+        """Name the caller's tensors, while capturing."""
+        _hpu_C.mark_user_inputs(inputs)
+
+    def get_user_input_match_indices(self) -> list[int]:
+        """Return the marked inputs that the graph reads directly."""
+        return _hpu_C.get_user_input_match_indices(self.hpu_graph)
+
+    def reset(self) -> None:
+        """Free what was recorded; ends any capture that is going on."""
+        _hpu_C.destroy(self.hpu_graph)
+
+    def __del__(self) -> None:
+        self.reset()
+
+
+class graph:  # noqa: N801 - the bridge's name
+    """Context manager that records its body into an `HPUGraph`, on a side stream unless one is given."""
+
+    default_capture_stream: streams.Stream | None = None
+
+    def __init__(self, hpu_graph: HPUGraph, stream: streams.Stream | None = None, dry_run: bool = False) -> None:
+        if stream is None:
+            if type(self).default_capture_stream is None:
+                type(self).default_capture_stream = streams.Stream()
+            stream = type(self).default_capture_stream
+        self.capture_stream = stream
+        self.stream_ctx = streams.stream(stream)
+        self.hpu_graph = hpu_graph
+        self.dry_run = dry_run
+
+    def __enter__(self) -> None:
+        _hpu_C.synchronize_device()
+        gc.collect()  # a graph that dies during the capture would end it
+        self.stream_ctx.__enter__()
+        self.capture_stream.is_capture = True
+        self.hpu_graph.capture_begin(dry_run=self.dry_run)
+
+    def __exit__(self, *exc: Any) -> None:
+        self.hpu_graph.capture_end()
+        self.capture_stream.is_capture = False
+        self.stream_ctx.__exit__(*exc)
+
+
+def is_current_stream_capturing() -> bool:
+    """Tell whether the `graph` context manager records on the current stream."""
+    return streams.current_stream().is_capture
+
+
+class CachedParams:
+    """What the wrapper keeps for one key."""
+
+    def __init__(
+        self,
+        graph_inputs: Any,
+        graph_outputs: Any,
+        graph: HPUGraph,
+        out_tinfo_list: Any = None,
+        asynchronous: bool = False,
+    ) -> None:
+        self.graph_inputs = graph_inputs
+        self.graph_outputs = graph_outputs
+        self.graph = graph
+        self.out_tinfo_list = out_tinfo_list
+        self.asynchronous = asynchronous
+
+
+def input_hash(obj: Any) -> int:
+    """Return the cache key of call arguments, with the bridge's blind spots.
+
+    dtype and strides are not in it, equal hashes of different values collide (``1 == True``, ``-1`` and ``-2``), and
+    what is not a dict, list, tuple or tensor has its own ``hash`` (bridge: graphs.py:488-499).
+    """
+    autocast = torch.is_autocast_enabled("hpu")
+    if isinstance(obj, dict):
+        return input_hash(tuple(obj.items()))
+    if hasattr(obj, "data") and isinstance(getattr(obj, "data", None), dict):  # collections.UserDict
+        return input_hash(tuple((key, tuple(value)) for key, value in obj.items()))
+    if isinstance(obj, (list, tuple)):
+        return hash((tuple(input_hash(item) for item in obj), autocast))
+    if isinstance(obj, torch.Tensor):
+        return hash((tuple(obj.shape), _hpu_C.get_view_hash(obj), autocast))
+    return hash((obj, autocast))
+
+
+def copy_to(dst: Any, src: Any) -> None:
+    """Copy the tensors of `src` into those of `dst`, which must have the same types; other leaves are ignored."""
+    assert type(dst) is type(src), f"{type(dst)} is not {type(src)}"
+    if isinstance(dst, dict):
+        for (dst_key, dst_value), (src_key, src_value) in zip(dst.items(), src.items(), strict=False):
+            assert dst_key == src_key, f"{dst_key!r} is not {src_key!r}"
+            copy_to(dst_value, src_value)
+    elif isinstance(dst, (list, tuple)):
+        for dst_value, src_value in zip(dst, src, strict=False):
+            copy_to(dst_value, src_value)
+    elif isinstance(dst, torch.Tensor):
+        dst.copy_(src, non_blocking=True)
+
+
+def _tensors(obj: Any) -> Iterator[torch.Tensor]:
+    if isinstance(obj, dict):
+        for value in obj.values():
+            yield from _tensors(value)
+    elif isinstance(obj, (list, tuple)):
+        for value in obj:
+            yield from _tensors(value)
+    elif isinstance(obj, torch.Tensor):
+        yield obj
+
+
+def get_user_input_tensor_list(obj: Any) -> list[torch.Tensor]:
+    """Return the tensors in dicts, lists and tuples."""
+    return list(_tensors(obj))
+
+
+def extract_tensors(obj: Any) -> list[torch.Tensor]:
+    """Return the tensors of a function's result."""
+    return list(_tensors(obj))
+
+
+def wrapped_hpugraph_forward(
+    cache: dict[int, CachedParams],
+    stream: streams.Stream,
+    orig_fwd: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    disable_tensor_cache: bool = False,
+    asynchronous: bool = False,
+    dry_run: bool = False,
+    max_graphs: int | None = None,
+) -> Any:
+    """Call `orig_fwd` through the cache of graphs.
+
+    The result is the same object on every call with one key, and each call overwrites its tensors.
+    """
+    warmup = kwargs.pop("warmup_mode", False)
+    if kwargs.pop("bypass_hpu_graphs", False):
+        _hpu_C.count_graph_fallback()
+        return orig_fwd(*args, **kwargs)
+    inputs = (args, kwargs)
+    key = input_hash(inputs)
+    extra_outputs = kwargs.pop("cache_tensors_list", [])
+    if (override := os.getenv("PT_HPUGRAPH_DISABLE_TENSOR_CACHE")) is not None:
+        disable_tensor_cache = override == "1"
+    dry_run = dry_run or disable_tensor_cache
+    cached = cache.get(key)
+    if cached is None:
+        if max_graphs is not None and len(cache) == max_graphs:
+            _hpu_C.count_graph_fallback()
+            return orig_fwd(*args, **kwargs)
+        return _capture(cache, key, stream, orig_fwd, inputs, extra_outputs, disable_tensor_cache, asynchronous, dry_run)
+    if warmup:
+        _hpu_C.step_marker()
+        return cached.graph_outputs
+    if disable_tensor_cache:
+        given = get_user_input_tensor_list(inputs)
+        for index, static in cached.graph_inputs:
+            static.copy_(given[index], non_blocking=True)
+        cached.graph.replayV3(given, asynchronous)
+    else:
+        copy_to(cached.graph_inputs, inputs)
+        cached.graph.replay(asynchronous)
+    return cached.graph_outputs
+
+
+def _capture(
+    cache: dict[int, CachedParams],
+    key: int,
+    stream: streams.Stream,
+    orig_fwd: Callable[..., Any],
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    extra_outputs: list[Any],
+    disable_tensor_cache: bool,
+    asynchronous: bool,
+    dry_run: bool,
+) -> Any:
+    # On purpose without try/finally: the bridge leaves its capture state as it is after a failure (graphs.py:603-632).
+    args, kwargs = inputs
+    with streams.stream(stream):
+        recorded = HPUGraph()
+        recorded.capture_begin(dry_run)
+        given = get_user_input_tensor_list(inputs)
+        if disable_tensor_cache:
+            recorded.mark_user_inputs(given)
+        outputs = orig_fwd(*args, **kwargs)
+        recorded.capture_end()
+        static: Any = inputs
+        if disable_tensor_cache:
+            recorded.mark_user_outputs(extract_tensors(outputs) + extract_tensors(extra_outputs))
+            matched = set(recorded.get_user_input_match_indices())
+            static = [(index, tensor) for index, tensor in enumerate(given) if index not in matched]
+        cache[key] = CachedParams(static, outputs, recorded, asynchronous=asynchronous)
+        if disable_tensor_cache:
+            recorded.replayV3(given, asynchronous)
+    return outputs
+
+
+def wrap_in_hpu_graph_func(
+    func: Callable[..., Any],
+    asynchronous: bool = False,
+    disable_tensor_cache: bool = False,
+    dry_run: bool = False,
+    max_graphs: int | None = None,
+) -> Callable[..., Any]:
+    """Return a function that captures `func` once per key and then replays it."""
+    cache: dict[int, CachedParams] = {}
+    stream = streams.default_stream()
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return wrapped_hpugraph_forward(
+            cache, stream, func, args, kwargs, disable_tensor_cache, asynchronous, dry_run, max_graphs
+        )
+
+    return wrapper
+
+
+def wrap_in_hpu_graph(
+    module: torch.nn.Module,
+    asynchronous: bool = False,
+    disable_tensor_cache: bool = False,
+    dry_run: bool = False,
+    max_graphs: int | None = None,
+) -> torch.nn.Module:
+    """Replace ``module.forward`` by a captured one, in place; there is no way back but ``del module.forward``."""
+    cache: dict[int, CachedParams] = {}
+    stream = streams.default_stream()
+    orig_fwd = module.forward
+
+    @functools.wraps(orig_fwd)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return wrapped_hpugraph_forward(
+            cache, stream, orig_fwd, args, kwargs, disable_tensor_cache, asynchronous, dry_run, max_graphs
+        )
+
+    def clear_inputs() -> None:
+        for cached in cache.values():
+            cached.graph.clear_inputs()
+
+    module.forward = forward
+    module.clear_inputs = clear_inputs
+    module.clear_cache = cache.clear
+    return module
+
+
+def make_graphed_callables(*args: Any, **kwargs: Any) -> Any:
+    """Not emulated: it always captures a backward."""
+    raise NotImplementedError("make_graphed_callables records a backward and is not emulated; use wrap_in_hpu_graph")
+
+
+class ModuleCacher:
+    """Not emulated: it caches in training only, and in eval runs the plain forward."""
+
+    def __init__(self, max_graphs: int = 10) -> None:
+        raise NotImplementedError("ModuleCacher caches in training only and is not emulated; use wrap_in_hpu_graph")

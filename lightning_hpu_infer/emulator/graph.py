@@ -1,0 +1,207 @@
+"""Graph capture and replay at the C level: ``_hpu_C.HPUGraph`` and its functions."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_hpu_infer.emulator import runtime
+from lightning_hpu_infer.emulator.program import LazyQueue, Program, Step
+from lightning_hpu_infer.emulator.storage import Cell, Spec, Storage
+from lightning_hpu_infer.emulator.tensor import HpuTensor, wrap
+
+_PREFIX = "[Rank:0] FATAL ERROR :: MODULE:PT_DEVICE "
+
+
+def _fatal(text: str) -> RuntimeError:
+    return RuntimeError(_PREFIX + text)
+
+
+class HPUGraph:
+    """A recorded program with the cells its inputs come from and its outputs go to."""
+
+    def __init__(self) -> None:
+        self._registers: dict[Storage, int] = {}
+        self._storages: list[Storage] = []
+        self._steps: list[Step] = []
+        self._inputs: list[tuple[int, Spec, Cell | None]] = []
+        self._outputs: list[tuple[int, Spec, weakref.ref[Cell]]] = []
+        self._program: Program | None = None
+        self._retained: list[Storage] = []
+        self._stream_id = 0
+        self._user_inputs: list[tuple[Cell, Spec] | None] = []
+        self._user_slots: dict[int, int] = {}
+        """Index of a marked input -> its register, for the inputs that the graph reads directly."""
+
+    def __del__(self) -> None:
+        self.destroy()
+
+    # Capture
+
+    def capture_begin(self, *, dry_run: bool) -> None:
+        """Record everything that is launched from now on."""
+        rt = runtime.current()
+        if rt.capture.capturing:
+            raise _fatal("GRAPH:: graph Capture already in progress")
+        rt.flush("capture")
+        self._stream_id = rt.stream_id
+        rt.capture.graph, rt.capture.capturing, rt.capture.dry_run = self, True, dry_run
+        rt.counters.add("captures")
+
+    def append(self, queue: LazyQueue) -> None:
+        """Record one flushed program."""
+        inputs = dict(queue.inputs)
+        renamed: list[int] = []
+        for register, storage in enumerate(queue.storages):
+            known = self._registers.get(storage)
+            if known is None:
+                known = self._registers[storage] = len(self._storages)
+                self._storages.append(storage)
+                if register in inputs:
+                    self._inputs.append((known, storage.spec, inputs[register]))
+            renamed.append(known)
+        for plan, ins, outs in queue.steps:
+            self._steps.append((plan, tuple(renamed[i] for i in ins), tuple(renamed[o] for o in outs)))
+
+    def capture_end(self) -> None:
+        """Stop recording and make the recorded programs one."""
+        rt = runtime.current()
+        if rt.stream_id != self._stream_id:
+            raise _fatal("GRAPH:: Capture must end on the same stream it began on.")
+        rt.flush("capture")
+        dry_run = rt.capture.dry_run
+        self._finish(rt.capture.marked_inputs, keep=not dry_run)
+        rt.capture.graph, rt.capture.capturing, rt.capture.dry_run = None, False, False
+        rt.capture.marked_inputs = []
+
+    def _finish(self, marked: Sequence[Any], *, keep: bool) -> None:
+        fed = {register for register, _, _ in self._inputs}
+        produced = [r for r in range(len(self._storages)) if r not in fed]
+        alive = [r for r in produced if self._storages[r].has_live_cell()]
+        for register in alive:
+            ref = self._storages[register].cell_ref
+            assert ref is not None
+            self._outputs.append((register, self._storages[register].spec, ref))
+        self._program = Program(self._steps, len(self._storages), [r for r, _, _ in self._inputs], alive)
+        by_cell = {id(cell): register for register, _, cell in self._inputs}
+        for index, tensor in enumerate(marked):
+            if not isinstance(tensor, HpuTensor):
+                self._user_inputs.append(None)
+                continue
+            self._user_inputs.append((tensor._cell, tensor._spec))
+            register = by_cell.get(id(tensor._cell))
+            if register is not None and tensor._spec is tensor._cell.spec:
+                self._user_slots[index] = register
+        # Without the tensor cache intermediates are freed after their last use (bridge: HPUGraph.cpp:258-391).
+        self._retained = [self._storages[r] for r in produced if r not in set(alive)] if keep else []
+        self._storages, self._registers, self._steps = [], {}, []
+
+    # Replay
+
+    def replay(self) -> None:
+        """Run the recorded program on what its inputs hold now, into new output memory."""
+        self._launch({})
+
+    def replay_with(self, tensors: Sequence[Any]) -> None:
+        """Run with the caller's tensors in place of the matched inputs (``replayV3``)."""
+        bound: dict[int, Storage] = {}
+        copies = []
+        if len(tensors) != len(self._user_inputs):
+            raise _fatal(
+                "HPU GRAPH:: Mark User Input Sizes is not same Replay Input Sizes"
+                f" ({len(self._user_inputs)} tensors were marked, {len(tensors)} given)"
+            )
+        for index, (tensor, marked) in enumerate(zip(tensors, self._user_inputs, strict=True)):
+            if marked is None or not isinstance(tensor, HpuTensor):
+                continue
+            if tuple(tensor.shape) != marked[1].size:
+                raise _fatal(
+                    "HPU GRAPH:: Mark User Input Sizes is not same Replay Input Sizes"
+                    f" (input {index}: marked {marked[1].size}, given {tuple(tensor.shape)})"
+                )
+            if index in self._user_slots:
+                if tensor._spec is not tensor._cell.spec:
+                    copies.append(tensor.detach().clone())
+                    tensor = copies[-1]
+                bound[self._user_slots[index]] = tensor._cell.storage
+        self._launch(bound)
+        del copies  # a result that no tensor shows at the flush in `_launch` would not be computed
+        # The caller's first tensors are not kept: each call brings its own (bridge: HPUGraph.cpp:547-553).
+        self.clear_inputs()
+
+    def _launch(self, bound: dict[int, Storage]) -> None:
+        rt = runtime.current()
+        rt.touch()
+        if rt.capture.capturing:
+            raise _fatal("GRAPH:: Capture in progress")
+        rt.flush("replay")
+        if self._program is None:
+            return  # nothing was recorded: eager mode, or an empty capture (bridge: HPUGraph.cpp:209)
+        env: list[Storage | None] = [None] * self._program.num_registers
+        for register, spec, cell in self._inputs:
+            storage = bound.get(register) or (cell.storage if cell is not None else None)
+            if storage is None:
+                raise _fatal("Tensor Data not present in ExecuteCachedGraph")
+            if storage.spec.dtype is not spec.dtype:
+                raise RuntimeError(
+                    f"a graph input was captured with {spec.dtype} and replayed with {storage.spec.dtype}; the real bridge"
+                    " does not check this and reads wrong bytes. Capture one graph per dtype"
+                )
+            env[register] = storage
+        for register, spec, ref in self._outputs:
+            if (cell := ref()) is not None:
+                env[register] = cell.storage = Storage(rt.memory, spec)
+        rt.counters.add("replays")
+        if self._program.steps:
+            rt.launch(self._program, env)
+
+    # Bookkeeping
+
+    def mark_user_outputs(self, tensors: Sequence[Any]) -> None:
+        """Keep only these outputs; the memory of others is freed after their last use."""
+        if runtime.current().capture.capturing:
+            raise _fatal("GRAPH:: Capture in progress")
+        wanted = {id(tensor._cell) for tensor in tensors if isinstance(tensor, HpuTensor)}
+        self._outputs = [output for output in self._outputs if id(output[2]()) in wanted]
+
+    def match_indices(self) -> list[int]:
+        """Return which marked inputs the graph reads directly, not through a view."""
+        return sorted(self._user_slots)
+
+    def clear_inputs(self) -> None:
+        """Drop the memory of the matched inputs."""
+        matched = set(self._user_slots.values())
+        self._inputs = [(r, spec, None if r in matched else cell) for r, spec, cell in self._inputs]
+
+    def destroy(self) -> None:
+        """Free what was recorded.
+
+        This ends any capture, also another graph's, but leaves `dry_run` and the marked inputs as they are (bridge:
+        HPUGraph.cpp:115-127, 449-457).
+        """
+        rt = runtime.installed()
+        if rt is not None and rt.capture.capturing:
+            rt.capture.capturing, rt.capture.graph = False, None
+            rt.counters.add("captures_failed")
+        self._program, self._inputs, self._outputs, self._retained = None, [], [], []
+        self._user_inputs, self._user_slots = [], {}
+
+
+def mark_user_inputs(tensors: Sequence[Any]) -> None:
+    """Name the caller's tensors, to be matched with the inputs of the graph that is being captured."""
+    state = runtime.current().capture
+    if not state.capturing:
+        raise _fatal("GRAPH:: mark_user_inputs must be while capturing in progress")
+    # The tensor object may be a view or detach of the user's: what counts is its cell and layout.
+    state.marked_inputs = [wrap(t._cell, t._spec) if isinstance(t, HpuTensor) else t for t in tensors]
+
+
+def view_hash(tensor: torch.Tensor) -> int:
+    """Return what tells a view from its base in `input_hash`: 0 unless it is a lazy view (bridge: bindings.cpp:263)."""
+    if not isinstance(tensor, HpuTensor) or not runtime.current().config.lazy:
+        return 0
+    spec = tensor._spec
+    return 0 if spec is tensor._cell.spec else hash((spec.size, spec.stride, spec.offset)) or 1

@@ -1,0 +1,190 @@
+"""What one op does to layouts, found once per kind of call by running it on `meta` twins of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from lightning_hpu_infer.emulator.storage import Spec
+
+aten = torch.ops.aten
+
+# The layout of the fused CPU kernel's output differs from the meta kernel's; ask the CPU once instead of copying always.
+_PREDICT_ON_CPU = frozenset({aten.scaled_dot_product_attention.default})
+
+
+class NeedsValues(Exception):  # noqa: N818 - a signal, not a failure
+    """Raised when the layout of the outputs depends on the values of the inputs."""
+
+
+class Slot:
+    """Stands for the tensor `index` of a call in the plan's argument template."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Plan:
+    """How to run one kind of call, and what its outputs are.
+
+    `outputs` has one entry per returned value: a `Spec` (new memory), ``(index, spec)`` (a view of input `index`),
+    an `int` (input `index` itself) or ``("const", value)``.
+    """
+
+    __slots__ = ("args", "func", "kwargs", "lists", "multi", "new", "outputs", "singles", "views", "writes")
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        views: tuple[Spec | None, ...],
+        writes: tuple[int, ...],
+    ) -> None:
+        self.func = func
+        self.kwargs = {name: value for name, value in kwargs.items() if type(value) is not Slot}
+        self.args = tuple(None if type(arg) is Slot else arg for arg in args)
+        self.singles: list[tuple[int | str, int]] = []
+        self.lists: list[tuple[int | str, list[Any]]] = []
+        for place, arg in [*enumerate(args), *kwargs.items()]:
+            if type(arg) is Slot:
+                self.singles.append((place, arg.index))
+            elif type(arg) in (list, tuple) and any(type(item) is Slot for item in arg):
+                self.lists.append((place, list(arg)))
+        self.views = views
+        self.writes = writes
+        self.outputs: list[Any] = []
+        self.new: tuple[tuple[int, Spec], ...] = ()
+        self.multi: type | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether the device has anything to do; a pure view has not."""
+        return bool(self.new or self.writes)
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Run the op on these tensors in place of the call's."""
+        args: list[Any] = list(self.args)
+        kwargs = self.kwargs.copy() if self.kwargs else {}
+        for place, index in self.singles:
+            if type(place) is int:
+                args[place] = tensors[index]
+            else:
+                kwargs[place] = tensors[index]  # type: ignore[index]
+        for place, items in self.lists:
+            filled = [tensors[item.index] if type(item) is Slot else item for item in items]
+            if type(place) is int:
+                args[place] = filled
+            else:
+                kwargs[place] = filled  # type: ignore[index]
+        return self.func(*args, **kwargs)
+
+    def execute(self, values: list[Any], ins: tuple[int, ...], outs: tuple[int, ...]) -> None:
+        """Run on a program's registers; for device threads."""
+        tensors = []
+        for register, view in zip(ins, self.views, strict=True):
+            value = values[register]
+            tensors.append(value if view is None else view.view(value))
+        result = self.call(tensors)
+        if self.multi is None:
+            for register, (_, spec) in zip(outs, self.new, strict=True):
+                values[register] = _settle(result, spec)
+        else:
+            for register, (position, spec) in zip(outs, self.new, strict=True):
+                values[register] = _settle(result[position], spec)
+
+    def predict(self, specs: Sequence[tuple[Spec, Spec]]) -> None:
+        """Fill in the outputs. `specs` has each tensor's base layout and its own."""
+        device = "cpu" if self.func in _PREDICT_ON_CPU else "meta"
+        twins = [spec.view(base.empty(device).fill_(0) if device == "cpu" else base.empty(device)) for base, spec in specs]
+        kwargs = self.kwargs
+        if "device" in kwargs:
+            self.kwargs = {**kwargs, "device": torch.device(device)}
+        if "generator" in kwargs:
+            self.kwargs = {**self.kwargs, "generator": None}
+        with torch.inference_mode():
+            try:
+                result = self.call(twins)
+            finally:
+                self.kwargs = kwargs
+        for index in self.writes:
+            if Spec.of(twins[index]) is not specs[index][1]:
+                raise RuntimeError(
+                    f"{self.func} would change the shape or strides of an HPU tensor in place (from"
+                    f" {specs[index][1].size} to {tuple(twins[index].shape)}), which the emulator cannot do;"
+                    " use the out-of-place op, or an output of the right shape"
+                )
+        owners = {twin.untyped_storage()._cdata: index for index, twin in enumerate(twins)}
+        self.multi = type(result) if isinstance(result, (tuple, list)) else None
+        for value in result if self.multi else (result,):
+            self.outputs.append(_describe(value, twins, owners))
+        self.new = tuple((position, out) for position, out in enumerate(self.outputs) if type(out) is Spec)
+
+
+def _describe(value: object, twins: Sequence[torch.Tensor], owners: dict[int, int]) -> object:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, (list, tuple)):
+            raise NeedsValues
+        return ("const", value)
+    for index, twin in enumerate(twins):
+        if value is twin:
+            return index
+    owner = owners.get(value.untyped_storage()._cdata)
+    return Spec.fresh(value) if owner is None else (owner, Spec.of(value))
+
+
+def _settle(result: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """Give a result the predicted strides, on which the views of it rely."""
+    if result.stride() == spec.stride and not result.storage_offset():
+        return result
+    settled = spec.empty()
+    return settled.copy_(result) if result.shape == spec.size else result
+
+
+def make_plan(
+    func: OpOverload,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    specs: Sequence[tuple[Spec, Spec]],
+    generator: torch.Generator,
+) -> Plan:
+    """Plan a call whose tensors were replaced by `Slot`.
+
+    Raises:
+        NeedsValues: The op has no meta kernel, or its output shapes depend on data.
+    """
+    schema = func._schema
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    kwargs.pop("pin_memory", None)
+    if torch.Tag.nondeterministic_seeded in func.tags and any(arg.name == "generator" for arg in schema.arguments):
+        # The device has its own random state: device threads must not disturb the host's.
+        kwargs = {**kwargs, "generator": kwargs.get("generator") or generator}
+    writes = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if type(item) is Slot:
+                    writes.append(item.index)
+    views = tuple(None if base is spec else spec for base, spec in specs)
+    plan = Plan(func, args, kwargs, views, tuple(writes))
+    try:
+        plan.predict(specs)
+    except NotImplementedError as error:  # also what dynamic shapes raise on meta
+        raise NeedsValues from error
+    return plan
+
+
+def empty_plan(spec: Spec) -> Plan:
+    """Plan the allocation of memory inside a program: contents undefined."""
+    from lightning_hpu_infer.emulator.storage import poison
+
+    plan = Plan(lambda: poison(spec.empty(), loud=False), (), {}, (), ())
+    plan.outputs, plan.new = [spec], ((0, spec),)
+    return plan

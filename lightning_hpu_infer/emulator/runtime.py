@@ -1,0 +1,267 @@
+"""The emulated device of this process: its queues, memory, counters and lazy queue."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_hpu_infer.emulator.config import Counters, EmulatorConfig
+from lightning_hpu_infer.emulator.engine import Engine, Task, sleep_until
+from lightning_hpu_infer.emulator.plan import Plan
+from lightning_hpu_infer.emulator.program import LazyQueue, Program
+from lightning_hpu_infer.emulator.storage import Cell, Memory, Storage
+
+Listener = Callable[[str, float], None]
+
+
+class CaptureState:
+    """What the bridge keeps once per process about graph capture (bridge: lazy_executor.h:433-435)."""
+
+    def __init__(self) -> None:
+        self.graph: Any = None
+        self.capturing = False
+        self.dry_run = False
+        self.marked_inputs: list[Any] = []
+
+
+class Runtime:
+    """Everything behind one installed emulator."""
+
+    def __init__(self, config: EmulatorConfig) -> None:
+        self.config = config
+        self.counters = Counters()
+        self.memory = Memory(lazy=config.lazy)
+        self.generator = torch.Generator()
+        self.capture = CaptureState()
+        self.lock = threading.RLock()
+        self.queue = LazyQueue()
+        self.plans: dict[tuple[Any, ...], Plan] = {}
+        self.programs: dict[tuple[Any, ...], Program] = {}
+        self.compiled: set[tuple[Any, ...]] = set()
+        self.listeners: list[Listener] = []
+        """Called with an event's name and a number: a compilation's seconds, or 0."""
+        self.compute, self.h2d, self.d2h, self.d2h_host = map(Engine, ("compute", "h2d", "d2h", "d2h_host"))
+        self.engines: dict[int, Engine] = {}
+        """Queues of user-created streams by stream id."""
+        self.stream_id = 0
+        self.owner_thread = 0
+        self.pid = os.getpid()
+        self.unreported: BaseException | None = None
+
+    # Queues
+
+    def all_engines(self) -> list[Engine]:
+        """Return the queues of stream 0 and of every other stream."""
+        return [self.compute, self.h2d, self.d2h, *self.engines.values()]
+
+    def engine(self, kind: str) -> Engine:
+        """Return the queue for work of a kind: stream 0 has one per kind, any other stream is a single one."""
+        if self.stream_id:
+            return self.stream_engine(self.stream_id)
+        return getattr(self, kind)  # type: ignore[no-any-return]
+
+    def stream_engine(self, stream_id: int) -> Engine:
+        """Return the queue of a user-created stream."""
+        engine = self.engines.get(stream_id)
+        if engine is None:
+            engine = self.engines[stream_id] = Engine(f"stream-{stream_id}")
+        return engine
+
+    def wait(self, task: Task) -> None:
+        """Block the calling thread until `task` has run, and raise what it raised."""
+        if not task.done:
+            start = time.perf_counter()
+            task.wait()
+            self.counters.add("blocking_waits")
+            self.counters.add("blocked_s", time.perf_counter() - start)
+        self.check(task)
+
+    def check(self, task: Task) -> None:
+        """Raise the error of a finished task."""
+        if task.error is not None:
+            raise task.error.with_traceback(None)
+
+    def touch(self) -> None:
+        """Note which thread calls the device."""
+        ident = threading.get_ident()
+        if ident != self.owner_thread:
+            if self.owner_thread == 0:
+                self.owner_thread = ident
+            else:
+                self.counters.add("off_thread_calls")
+
+    # Ops
+
+    def enqueue(self, plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+        """Queue one op and return the cells of its new outputs."""
+        with self.lock:
+            queue = self.queue
+            ins = tuple([queue.operand(cell) for cell in cells])
+            made, outs = [], []
+            for _, spec in plan.new:
+                storage = Storage(self.memory, spec)
+                outs.append(queue.define(storage))
+                made.append(Cell(storage))
+            queue.steps.append((plan, ins, tuple(outs)))
+            if not self.config.lazy:
+                self.flush("")
+        return made
+
+    def is_pending(self, storage: Storage) -> bool:
+        """Tell whether an op that was not launched reads or writes `storage`."""
+        return storage in self.queue.registers
+
+    def flush(self, cause: str) -> None:
+        """Launch what is queued; `cause` is counted if that is anything."""
+        with self.lock:
+            queue = self.queue
+            if not queue.steps:
+                if queue.registers:
+                    self.queue = LazyQueue()
+                return
+            self.queue = LazyQueue()
+            if cause:
+                self.counters.flush(cause)
+            program = self._cached(queue.program())
+            capture = self.capture
+            if capture.capturing and capture.graph is not None and self.config.lazy:
+                capture.graph.append(queue)
+            if capture.dry_run:
+                self.engine("compute").submit(Task(lambda: self._compile(program)))
+                return
+            env: list[Storage | None] = [
+                storage if storage.has_live_cell() else None for storage in queue.storages
+            ]
+            for register, _ in queue.inputs:
+                env[register] = queue.storages[register]
+        self.launch(program, env, single=not self.config.lazy)
+
+    def launch(self, program: Program, env: Sequence[Storage | None], *, single: bool = False) -> Task:
+        """Submit a program to the compute queue."""
+        if self.config.launch_us:
+            time.sleep(self.config.launch_us * 1e-6)
+        reads = [env[register] for register in program.inputs]
+        writes = [env[register] for register in (*program.outputs, *program.mutated) if env[register] is not None]
+        task = Task(lambda: self._run(program, env, single), writes)  # type: ignore[arg-type]
+        return self.engine("compute").submit(task, reads, writes)  # type: ignore[arg-type]
+
+    def _cached(self, program: Program) -> Program:
+        known = self.programs.get(program.key)
+        if known is not None and known.inputs == program.inputs:
+            return known
+        self.programs[program.key] = program
+        return program
+
+    def _run(self, program: Program, env: Sequence[Storage | None], single: bool) -> None:
+        start = time.perf_counter()
+        if not single:
+            start += self._compile(program)
+        self.counters.add("programs")
+        self.counters.add("device_ops", len(program.steps))
+        try:
+            program.run(env)
+        except BaseException as error:
+            self.unreported = error
+            raise
+        if not single and self.config.program_ms:
+            sleep_until(start + self.config.program_ms * 1e-3)
+
+    def _compile(self, program: Program) -> float:
+        """Spend the compile time of a program that was not run before; return how long it was."""
+        if program.key in self.compiled:
+            self.notify("recipe_hit")
+            return 0.0
+        self.compiled.add(program.key)
+        start = time.perf_counter()
+        if self.config.compile_ms:
+            sleep_until(start + self.config.compile_ms * 1e-3)
+        self.counters.add("compiles")
+        elapsed = time.perf_counter() - start
+        self.notify("recipe_miss")
+        self.notify("graph_compilation", elapsed)
+        return elapsed
+
+    def notify(self, event: str, amount: float = 0.0) -> None:
+        """Tell the listeners (the bridge's event dispatcher)."""
+        for listener in self.listeners:
+            listener(event, amount)
+
+    def synchronize(self) -> None:
+        """Launch what is pending and wait for every queue of the device."""
+        self.flush("synchronize")
+        for engine in self.all_engines():
+            if engine.last is not None:
+                self.wait_quietly(engine.last)
+        if (error := self.unreported) is not None:
+            self.unreported = None
+            raise error.with_traceback(None)
+
+    def wait_quietly(self, task: Task) -> None:
+        """Wait like `wait`, and leave the task's error to whoever reads its result."""
+        if not task.done:
+            start = time.perf_counter()
+            task.wait()
+            self.counters.add("blocking_waits")
+            self.counters.add("blocked_s", time.perf_counter() - start)
+
+    def seed(self, seed: int) -> None:
+        """Seed the device's random state, behind the ops that were called before."""
+        self.flush("synchronize")
+        self.compute.submit(Task(lambda: self.generator.manual_seed(seed) and None))
+
+    def set_stream(self, stream_id: int) -> None:
+        """Make another stream current; a change launches what is pending (bridge: HPUStream.cpp:219-225)."""
+        if stream_id != self.stream_id:
+            self.flush("stream_switch")
+            self.stream_id = stream_id
+
+    def stop(self) -> None:
+        """Run what was launched and end the threads; pending ops are dropped."""
+        self.queue = LazyQueue()
+        for engine in (*self.all_engines(), self.d2h_host):
+            engine.stop()
+
+
+_runtime: Runtime | None = None
+_forked = False
+
+
+def set_current(runtime: Runtime | None) -> None:
+    """Install or remove the runtime of this process."""
+    global _runtime
+    _runtime = runtime
+
+
+def installed() -> Runtime | None:
+    """Return the runtime, or None."""
+    return _runtime
+
+
+def current() -> Runtime:
+    """Return the runtime for a device call."""
+    if _runtime is None:
+        raise RuntimeError("the HPU emulator is not installed; call lightning_hpu_infer.emulator.install() first")
+    if _forked:
+        raise RuntimeError(
+            "Cannot use the HPU in a forked subprocess; start the process with the 'spawn' method"
+            " (for a DataLoader: multiprocessing_context='spawn'), or keep device calls in the parent"
+        )
+    return _runtime
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = _runtime is not None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_forked() -> bool:
+    """Tell whether this process is a forked child of the one with the device."""
+    return _forked

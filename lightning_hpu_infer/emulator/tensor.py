@@ -1,0 +1,314 @@
+"""The tensor that says it lives on an HPU, and what happens when an op is called on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from lightning_hpu_infer.emulator import runtime
+from lightning_hpu_infer.emulator.engine import Task
+from lightning_hpu_infer.emulator.plan import NeedsValues, Plan, Slot, make_plan
+from lightning_hpu_infer.emulator.runtime import Runtime
+from lightning_hpu_infer.emulator.storage import Cell, Spec, Storage
+
+aten = torch.ops.aten
+Handler = Callable[[Runtime, OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+
+HANDLERS: dict[OpOverload, Handler] = {}
+"""Ops that are not simply queued; `copies` and `random` add theirs."""
+
+# Composite ops that the device runs whole; all others are taken apart when they arrive so (under inference mode).
+_WHOLE = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.layer_norm.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+_MATMUL_LIKE = frozenset(
+    getattr(aten, name).default
+    for name in (
+        "addbmm addmm addmv baddbmm bmm conv1d conv2d conv3d conv_transpose1d convolution linear matmul mm mv"
+        " scaled_dot_product_attention"
+    ).split()
+)
+_INDEXING = frozenset({aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default})
+_CONVOLUTIONS = frozenset({aten.convolution.default, aten.conv1d.default, aten.conv2d.default})
+
+
+class HpuTensor(torch.Tensor):
+    """A tensor of the emulated device: a cell and a layout in it, without memory of its own."""
+
+    _cell: Cell
+    _spec: Spec
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one op."""
+        return dispatch(func, args, kwargs or {})
+
+    @property
+    def is_hpu(self) -> bool:
+        """True, as on the real device."""
+        return True
+
+    def data_ptr(self) -> int:
+        """Return the emulated device address; a replay changes it."""
+        return self._cell.storage.data_ptr() + self._spec.offset * self._spec.dtype.itemsize
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Raise, as for any device tensor, unless `force`."""
+        if force:
+            return self.detach().cpu().numpy()
+        raise TypeError(
+            f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host"
+            " memory first."
+        )
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy()
+
+    def tolist(self) -> Any:
+        """Copy to the host and convert."""
+        return self.detach().cpu().tolist()
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        text = repr(self.detach().cpu())
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        kind = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
+        return f"{kind}{text[:-1]}, device='{self.device}'{grad})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        with torch.no_grad():
+            copy: torch.Tensor = self.detach().clone()
+        if isinstance(self, torch.nn.Parameter):
+            copy = torch.nn.Parameter(copy, requires_grad=self.requires_grad)
+        else:
+            copy.requires_grad_(self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The one rebuild function for foreign devices that torch.load(weights_only=True) allows.
+        rebuild = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return rebuild, (self.detach().cpu(), self.dtype, str(self.device), self.requires_grad)
+
+
+def wrap(cell: Cell, spec: Spec) -> HpuTensor:
+    """Make a tensor that shows `cell` through `spec`."""
+    tensor: HpuTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        HpuTensor, spec.size, strides=spec.stride, storage_offset=spec.offset, dtype=spec.dtype, device=_device()
+    )
+    tensor._cell, tensor._spec = cell, spec
+    return tensor
+
+
+@cache
+def _device() -> torch.device:
+    return torch.device("hpu", 0)
+
+
+def allocate(spec: Spec) -> HpuTensor:
+    """Make a tensor with new memory whose contents are not defined."""
+    return wrap(Cell(Storage(runtime.current().memory, spec, virgin=True)), spec)
+
+
+def constant(value: torch.Tensor) -> HpuTensor:
+    """Make a tensor that has `value`, which nobody else may change, from the start."""
+    storage = Storage(runtime.current().memory, Spec.fresh(value))
+    storage.value = value
+    return wrap(Cell(storage), storage.spec)
+
+
+@cache
+def _is_composite(func: OpOverload) -> bool:
+    return func not in _WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), "CompositeImplicitAutograd"
+    )
+
+
+@cache
+def _reads_values(func: OpOverload) -> bool:
+    tags = func.tags
+    return torch.Tag.data_dependent_output in tags or (torch.Tag.dynamic_output_shape in tags and func not in _INDEXING)
+
+
+def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Queue one op and return its outputs, without waiting for it where the layout alone is enough."""
+    rt = runtime.current()
+    rt.touch()
+    if (handler := HANDLERS.get(func)) is not None:
+        return handler(rt, func, args, kwargs)
+    if _is_composite(func):
+        return func.decompose(*args, **kwargs)
+    if func in _MATMUL_LIKE and torch.is_autocast_enabled("hpu"):
+        args, kwargs = _autocast(args), {name: _autocast(value) for name, value in kwargs.items()}
+    return run(rt, func, args, kwargs)
+
+
+def _autocast(value: Any) -> Any:
+    # Casting at this level, not in an autocast kernel: CompositeImplicit ops arrive here already taken apart.
+    if isinstance(value, HpuTensor) and value.dtype is torch.float32:
+        return aten._to_copy.default(value, dtype=torch.get_autocast_dtype("hpu"))
+    if isinstance(value, tuple):
+        return tuple(_autocast(item) for item in value)
+    return value
+
+
+def run(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Queue an op, or run it on the values if its output shapes depend on them."""
+    tensors: list[HpuTensor] = []
+    key: list[Any] = [func]
+    template = tuple([_scan(arg, tensors, key, func) for arg in args])
+    template_kwargs: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        key.append(name)
+        template_kwargs[name] = _scan(value, tensors, key, func)
+    if func._schema.name in rt.config.cpu_fallback_ops:
+        return _fall_back(rt, func, template, template_kwargs, tensors)
+    if _reads_values(func):
+        return _on_values(rt, func, template, template_kwargs, tensors)
+    try:
+        plan = rt.plans.get(tuple(key))
+    except TypeError:  # an argument that has no hash: plan each call
+        key, plan = [], None
+    if plan is None:
+        specs = [(tensor._cell.spec, tensor._spec) for tensor in tensors]
+        try:
+            plan = make_plan(func, template, template_kwargs, specs, rt.generator)
+        except NeedsValues:
+            return _on_values(rt, func, template, template_kwargs, tensors)
+        if key:
+            rt.plans[tuple(key)] = plan
+    made = rt.enqueue(plan, [tensor._cell for tensor in tensors]) if plan.runs else []
+    if func in _CONVOLUTIONS:
+        made[0].storage.permuted = True
+    return _present(plan, made, tensors)
+
+
+def _present(plan: Plan, made: list[Cell], tensors: list[HpuTensor]) -> Any:
+    results: list[Any] = []
+    cells = iter(made)
+    for output in plan.outputs:
+        if type(output) is Spec:
+            results.append(wrap(next(cells), output))
+        elif type(output) is int:
+            results.append(tensors[output])
+        elif output[0] == "const":
+            results.append(output[1])
+        else:
+            index, spec = output
+            results.append(wrap(tensors[index]._cell, spec))
+    if plan.multi is None:
+        return results[0]
+    return results if plan.multi is list else tuple(results)
+
+
+def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload) -> Any:
+    """Replace tensors by slots and add to the plan's key whatever the plan depends on."""
+    kind = type(value)
+    if kind is HpuTensor:
+        tensors.append(value)
+        key.append(value._spec)
+        key.append(value._cell.spec)
+        return Slot(len(tensors) - 1)
+    if kind is list or kind is tuple:
+        key.append(len(value))
+        return kind([_scan(item, tensors, key, func) for item in value])
+    if isinstance(value, torch.Tensor):
+        return _scan(_lift(value, func), tensors, key, func)
+    if kind is torch.device and value.type == "hpu":
+        value = torch.device("cpu")
+    key.append(kind)
+    # 0.0 and -0.0 are equal, and the plan holds the value itself.
+    key.append(value if kind is not float or value else math.copysign(1.0, value))
+    return value
+
+
+def _lift(tensor: torch.Tensor, func: OpOverload) -> HpuTensor:
+    if isinstance(tensor, HpuTensor):  # a subclass
+        return wrap(tensor._cell, tensor._spec)
+    if tensor.dim() == 0 or func in _INDEXING:
+        # As on other devices: scalars and index tensors may live on the host; a capture freezes them.
+        return constant(tensor.detach().clone())
+    raise RuntimeError(
+        "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and"
+        f" {tensor.device}! ({func}, shape {tuple(tensor.shape)}); move it with .to('hpu')"
+    )
+
+
+def _fall_back(
+    rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[HpuTensor]
+) -> Any:
+    if rt.capture.capturing:
+        # The text that users match on (bridge: cpu_fallback.cpp:103-105).
+        raise RuntimeError(f"{func._schema.name}: cpu fallback is not supported during hpu graph capturing")
+    rt.counters.add("cpu_fallbacks")
+    rt.notify(f"cpu_fallback:{func._schema.name}")
+    return _on_values(rt, func, args, kwargs, tensors)
+
+
+def _on_values(
+    rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[HpuTensor]
+) -> Any:
+    """Wait for the inputs, run the op, wait for its result."""
+    cells = [tensor._cell for tensor in tensors]
+    specs = [(cell.spec, tensor._spec) for cell, tensor in zip(cells, tensors, strict=True)]
+    if any(rt.is_pending(cell.storage) for cell in cells):
+        rt.flush("host_read")
+    writes = [cell.storage for cell in cells if func._schema.is_mutable]
+    storages = [cell.storage for cell in cells]
+    views = tuple(None if base is spec else spec for base, spec in specs)
+    kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+    if any(argument.name == "generator" for argument in func._schema.arguments):
+        kwargs.setdefault("generator", rt.generator)
+    plan = Plan(func, args, kwargs, views, ())
+    results: list[Any] = []
+
+    def work() -> None:
+        inputs = [s.read() if view is None else view.view(s.read()) for s, view in zip(storages, views, strict=True)]
+        results.append((plan.call(inputs), inputs))
+
+    rt.wait(rt.engine("compute").submit(Task(work, writes), storages, writes))
+    result, inputs = results[0]
+
+    def present(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(present, value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        for tensor, own in zip(tensors, inputs, strict=True):
+            if value is own:
+                return tensor
+        return constant(value.clone())
+
+    return present(result)
+
+
+def _detach(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
+    tensor: HpuTensor = args[0]
+    return wrap(tensor._cell, tensor._spec)
+
+
+def _nothing(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return None
+
+
+HANDLERS[aten.detach.default] = _detach
+HANDLERS[aten.alias.default] = _detach
+HANDLERS[aten.lift_fresh.default] = lambda rt, func, args, kwargs: args[0]
+HANDLERS[aten.record_stream.default] = _nothing
