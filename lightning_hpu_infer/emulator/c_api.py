@@ -98,14 +98,14 @@ def replay(graph: HPUGraph, asynchronous: bool) -> None:
     graph.replay()
 
 
-def replayV2(graph: HPUGraph, static: list[Any], tensors: list[Any], asynchronous: bool) -> None:  # noqa: N802
+def replayV2(graph: HPUGraph, static: list[Any], tensors: list[Any], asynchronous: bool) -> None:
     """Copy into the static inputs, then replay."""
     for destination, source in zip(static, tensors, strict=True):
         destination.copy_(source)
     graph.replay()
 
 
-def replayV3(graph: HPUGraph, tensors: list[Any], asynchronous: bool) -> None:  # noqa: N802
+def replayV3(graph: HPUGraph, tensors: list[Any], asynchronous: bool) -> None:
     """Replay on the caller's tensors."""
     graph.replay_with(tensors)
 

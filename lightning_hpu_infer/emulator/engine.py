@@ -19,8 +19,8 @@ class Task:
 
     __slots__ = ("_latch", "deps", "done", "error", "finished_at", "run", "writes")
 
-    def __init__(self, run: Callable[[], None], writes: Sequence[Storage] = ()) -> None:
-        self.run: Callable[[], None] | None = run
+    def __init__(self, run: Callable[[], object], writes: Sequence[Storage] = ()) -> None:
+        self.run: Callable[[], object] | None = run
         self.writes: Sequence[Storage] = writes
         self.deps: list[Task] = []
         self.done = False
@@ -34,7 +34,7 @@ class Task:
         assert self.run is not None
         try:
             self.run()
-        except BaseException as error:  # noqa: BLE001 - it belongs to the host thread that needs the value
+        except BaseException as error:
             self.error = error
             for storage in self.writes:
                 storage.error = error

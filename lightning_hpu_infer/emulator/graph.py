@@ -92,9 +92,9 @@ class HPUGraph:
                 self._user_inputs.append(None)
                 continue
             self._user_inputs.append((tensor._cell, tensor._spec))
-            register = by_cell.get(id(tensor._cell))
-            if register is not None and tensor._spec is tensor._cell.spec:
-                self._user_slots[index] = register
+            slot = by_cell.get(id(tensor._cell))
+            if slot is not None and tensor._spec is tensor._cell.spec:
+                self._user_slots[index] = slot
         # Without the tensor cache intermediates are freed after their last use (bridge: HPUGraph.cpp:258-391).
         self._retained = [self._storages[r] for r in produced if r not in set(alive)] if keep else []
         self._storages, self._registers, self._steps = [], {}, []
@@ -147,8 +147,8 @@ class HPUGraph:
                 raise _fatal("Tensor Data not present in ExecuteCachedGraph")
             if storage.spec.dtype is not spec.dtype:
                 raise RuntimeError(
-                    f"a graph input was captured with {spec.dtype} and replayed with {storage.spec.dtype}; the real bridge"
-                    " does not check this and reads wrong bytes. Capture one graph per dtype"
+                    f"a graph input was captured with {spec.dtype} and replayed with {storage.spec.dtype}; the real"
+                    " bridge does not check this and reads wrong bytes. Capture one graph per dtype"
                 )
             env[register] = storage
         for register, spec, ref in self._outputs:

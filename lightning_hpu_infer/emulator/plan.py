@@ -12,11 +12,11 @@ from lightning_hpu_infer.emulator.storage import Spec
 
 aten = torch.ops.aten
 
-# The layout of the fused CPU kernel's output differs from the meta kernel's; ask the CPU once instead of copying always.
+# The fused CPU kernel lays out its result unlike the meta kernel says: ask the CPU once instead of copying always.
 _PREDICT_ON_CPU = frozenset({aten.scaled_dot_product_attention.default})
 
 
-class NeedsValues(Exception):  # noqa: N818 - a signal, not a failure
+class NeedsValues(Exception):
     """Raised when the layout of the outputs depends on the values of the inputs."""
 
 
@@ -51,7 +51,8 @@ class Plan:
         self.args = tuple(None if type(arg) is Slot else arg for arg in args)
         self.singles: list[tuple[int | str, int]] = []
         self.lists: list[tuple[int | str, list[Any]]] = []
-        for place, arg in [*enumerate(args), *kwargs.items()]:
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, arg in places:
             if type(arg) is Slot:
                 self.singles.append((place, arg.index))
             elif type(arg) in (list, tuple) and any(type(item) is Slot for item in arg):
@@ -101,7 +102,9 @@ class Plan:
     def predict(self, specs: Sequence[tuple[Spec, Spec]]) -> None:
         """Fill in the outputs. `specs` has each tensor's base layout and its own."""
         device = "cpu" if self.func in _PREDICT_ON_CPU else "meta"
-        twins = [spec.view(base.empty(device).fill_(0) if device == "cpu" else base.empty(device)) for base, spec in specs]
+        twins = [
+            spec.view(base.empty(device).fill_(0) if device == "cpu" else base.empty(device)) for base, spec in specs
+        ]
         kwargs = self.kwargs
         if "device" in kwargs:
             self.kwargs = {**kwargs, "device": torch.device(device)}
@@ -165,13 +168,12 @@ def make_plan(
     if torch.Tag.nondeterministic_seeded in func.tags and any(arg.name == "generator" for arg in schema.arguments):
         # The device has its own random state: device threads must not disturb the host's.
         kwargs = {**kwargs, "generator": kwargs.get("generator") or generator}
-    writes = []
+    writes: list[int] = []
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if type(item) is Slot:
-                    writes.append(item.index)
+            items = value if isinstance(value, (list, tuple)) else (value,)
+            writes += [item.index for item in items if type(item) is Slot]
     views = tuple(None if base is spec else spec for base, spec in specs)
     plan = Plan(func, args, kwargs, views, tuple(writes))
     try:

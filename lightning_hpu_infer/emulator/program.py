@@ -16,7 +16,9 @@ class Program:
 
     __slots__ = ("frees", "inputs", "key", "mutated", "num_registers", "outputs", "steps")
 
-    def __init__(self, steps: Sequence[Step], num_registers: int, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], num_registers: int, inputs: Sequence[int], outputs: Sequence[int]
+    ) -> None:
         self.steps = tuple(steps)
         self.num_registers = num_registers
         self.inputs = tuple(inputs)

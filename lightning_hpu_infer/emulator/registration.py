@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lightning_hpu_infer.emulator import copies, pinned, runtime
+from lightning_hpu_infer.emulator import copies as copies  # registers its ops
+from lightning_hpu_infer.emulator import pinned, runtime
+from lightning_hpu_infer.emulator.patches import load_to_hpu, seed_both
 from lightning_hpu_infer.emulator.storage import Spec
 from lightning_hpu_infer.emulator.tensor import HpuTensor, allocate, dispatch, run
 
 aten = torch.ops.aten
 # Factories whose generic kernels resize an output, which a wrapper tensor cannot do.
 _COMPUTED_FACTORIES = (
-    "arange arange.start arange.start_step eye eye.m linspace logspace randperm range range.step tril_indices triu_indices"
-).split()
+    *("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace", "randperm"),
+    *("range", "range.step", "tril_indices", "triu_indices"),
+)
+# What autocast runs in the lower precision; type promotion settles the rest.
+_MATMUL_LIKE = (
+    *("addbmm", "addmm", "addmv", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d"),
+    *("conv_transpose2d.input", "conv_transpose3d.input", "einsum", "linear", "matmul", "mm", "mv"),
+    "scaled_dot_product_attention",
+)
+_SDPA: Any = aten.scaled_dot_product_attention.default
 _guards: dict[str, Any] = {}
 
 
@@ -32,19 +43,22 @@ def _device_guard() -> int:
                 " install torch>=2.10 (tested with 2.13)"
             )
 
-        class Guard(accelerators.DeviceGuard):  # type: ignore[misc]
-            def type_(self) -> Any:
-                return torch._C._autograd.DeviceType.HPU
-
+        guard_type = type(
+            "Guard", (accelerators.DeviceGuard,), {"type_": lambda self: torch._C._autograd.DeviceType.HPU}
+        )
         slots = _registry()
-        private = int(torch._C._autograd.DeviceType.PrivateUse1)
+        private = _slot("PrivateUse1")
         before = slots[private]
-        _guards["guard"] = Guard()
+        _guards["guard"] = guard_type()
         accelerators.register_python_privateuseone_device_guard(_guards["guard"])
         _guards["address"] = slots[private]
         # The guard is ours, not PrivateUse1's: torch.accelerator would take the process for one with such a device.
         slots[private] = before
     return int(_guards["address"])
+
+
+def _slot(device_type: str) -> int:
+    return int(getattr(torch._C._autograd.DeviceType, device_type))
 
 
 def _registry() -> Any:
@@ -54,7 +68,7 @@ def _registry() -> Any:
     """
     library = ctypes.CDLL(str(next(pathlib.Path(torch.__file__).parent.glob("lib/libc10.*"))))
     table = ctypes.c_void_p.in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
-    length = int(torch._C._autograd.DeviceType.PrivateUse1) + 1
+    length = _slot("PrivateUse1") + 1
     return (ctypes.c_void_p * length).from_address(ctypes.addressof(table))
 
 
@@ -76,7 +90,7 @@ class Registration:
 
     def _register(self, module: types.ModuleType) -> None:
         guard = _device_guard()
-        slots, hpu = _registry(), int(torch._C._autograd.DeviceType.HPU)
+        slots, hpu = _registry(), _slot("HPU")
         slots[hpu] = guard
         self._undo.append(lambda: slots.__setitem__(hpu, None))
         self._register_module(module)
@@ -86,23 +100,22 @@ class Registration:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._undo.append(lambda: torch.__future__.set_overwrite_module_params_on_conversion(before))
         self._patch(torch.Tensor, "is_hpu", property(lambda tensor: tensor.device.type == "hpu"))
-        self._patch(torch, "load", _load_to_hpu(torch.load))
-        seed = _seed_both(torch.manual_seed)
+        self._patch(torch, "load", load_to_hpu(torch.load))
+        seed = seed_both(torch.manual_seed)
         self._patch(torch, "manual_seed", seed)
         self._patch(torch.random, "manual_seed", seed)
 
     def _register_module(self, module: types.ModuleType) -> None:
-        import sys
-
-        torch._register_device_module("hpu", module)
+        register: Any = torch._register_device_module
+        register("hpu", module)
 
         def remove() -> None:
             delattr(torch, "hpu")
             sys.modules.pop("torch.hpu", None)
-            torch.get_device_module.cache_clear()  # type: ignore[attr-defined]
+            torch.get_device_module.cache_clear()
 
         self._undo.append(remove)
-        torch.get_device_module.cache_clear()  # type: ignore[attr-defined]
+        torch.get_device_module.cache_clear()
 
     def _register_kernels(self) -> None:
         hpu = self._library("aten", "HPU")
@@ -114,16 +127,23 @@ class Registration:
         hpu.impl("_copy_from", _copy_from)
         for name in _COMPUTED_FACTORIES:
             hpu.impl(name, _computed(name))
-        # Casting is done when the op arrives at the tensor; see `tensor._autocast`.
         self._library("_", "AutocastHPU").fallback(torch.library.fallthrough_kernel)
+        autocast = self._library("aten", "AutocastHPU")
+        for name in _MATMUL_LIKE:
+            autocast.impl(name, _autocast(name))
+        self._library("aten", "AutogradHPU").impl(_SDPA.name(), _attention)
         cpu = self._library("aten", "CPU")
         cpu.impl("is_pinned", _is_pinned)
         cpu.impl("_pin_memory", _pin_memory)
         # The generic kernel warns that a device argument is deprecated; on this device it is mandatory.
-        cpu.impl("pin_memory", lambda tensor, device=None: tensor if _is_pinned(tensor, device) else _pin_memory(tensor, device))
+        cpu.impl(
+            "pin_memory",
+            lambda tensor, device=None: tensor if _is_pinned(tensor, device) else _pin_memory(tensor, device),
+        )
 
-    def _library(self, namespace: str, key: str) -> torch.library.Library:
-        library = torch.library.Library(namespace, "IMPL", key)  # noqa: TOR901 - undone by _destroy
+    def _library(self, namespace: str, key: str) -> Any:
+        make: Any = torch.library.Library
+        library = make(namespace, "IMPL", key)
         self._undo.append(library._destroy)
         return library
 
@@ -145,13 +165,45 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, layout: Any = N
     return allocate(Spec.get(dtype or torch.get_default_dtype(), tuple(size), tuple(stride)))
 
 
+def _overload(name: str) -> Any:
+    base, _, overload = name.partition(".")
+    return getattr(getattr(aten, base), overload or "default")
+
+
+def _autocast(name: str) -> Callable[..., Any]:
+    func = _overload(name)
+    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("AutocastHPU"))
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype("hpu")
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return func(*_lower(args, dtype), **{name: _lower(value, dtype) for name, value in kwargs.items()})
+
+    return kernel
+
+
+def _lower(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, HpuTensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_lower(item, dtype) for item in value)
+    return value
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    # Whole where no gradient is wanted (the device has a fused kernel for it), in parts where one is.
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        return aten._scaled_dot_product_attention_math.default(*args, **kwargs)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return dispatch(_SDPA, args, kwargs)
+
+
 def _copy_from(src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     return dispatch(aten.copy_.default, (dst, src, non_blocking), {})  # type: ignore[no-any-return]
 
 
 def _computed(name: str) -> Callable[..., Any]:
-    base, _, overload = name.partition(".")
-    func = getattr(getattr(aten, base), overload or "default")
+    func = _overload(name)
 
     def factory(*args: Any, **kwargs: Any) -> Any:
         rt = runtime.current()
@@ -175,48 +227,5 @@ def _pin_memory(tensor: torch.Tensor, device: torch.device | None = None) -> tor
     return pinned.pin(tensor)
 
 
-def _load_to_hpu(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap torch.load: a storage cannot be on the emulated device, so load to the host and move the tensors."""
-    from functools import wraps
-
-    @wraps(load)
-    def load_to_hpu(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == "hpu":
-            return _to_hpu(load(f, "cpu", *args, **kwargs))
-        return load(f, map_location, *args, **kwargs)
-
-    return load_to_hpu
-
-
-def _to_hpu(value: Any) -> Any:
-    if isinstance(value, torch.nn.Parameter):
-        return torch.nn.Parameter(value.detach().to("hpu"), requires_grad=value.requires_grad)
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("hpu").requires_grad_(value.requires_grad)
-    if isinstance(value, torch.nn.Module):
-        return value.to("hpu")
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _to_hpu(value[key])
-        return value
-    if isinstance(value, list):
-        return [_to_hpu(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_to_hpu(item) for item in value)
-    return value
-
-
-def _seed_both(manual_seed: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap torch.manual_seed: the bridge seeds its device too (bridge: torch_overwrites.py:131-257)."""
-    from functools import wraps
-
-    @wraps(manual_seed)
-    def seed_both(seed: Any) -> Any:
-        if (rt := runtime.installed()) is not None:
-            rt.seed(int(seed))
-        return manual_seed(seed)
-
-    return seed_both
-
-
-__all__ = ["Registration", "copies"]
+def _pin_memory_once(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    return tensor if _is_pinned(tensor, device) else _pin_memory(tensor, device)

@@ -134,9 +134,7 @@ class Runtime:
             if capture.dry_run:
                 self.engine("compute").submit(Task(lambda: self._compile(program)))
                 return
-            env: list[Storage | None] = [
-                storage if storage.has_live_cell() else None for storage in queue.storages
-            ]
+            env: list[Storage | None] = [storage if storage.has_live_cell() else None for storage in queue.storages]
             for register, _ in queue.inputs:
                 env[register] = queue.storages[register]
         self.launch(program, env, single=not self.config.lazy)
@@ -212,7 +210,7 @@ class Runtime:
     def seed(self, seed: int) -> None:
         """Seed the device's random state, behind the ops that were called before."""
         self.flush("synchronize")
-        self.compute.submit(Task(lambda: self.generator.manual_seed(seed) and None))
+        self.compute.submit(Task(lambda: self.generator.manual_seed(seed)))
 
     def set_stream(self, stream_id: int) -> None:
         """Make another stream current; a change launches what is pending (bridge: HPUStream.cpp:219-225)."""

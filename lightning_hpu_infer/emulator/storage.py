@@ -38,7 +38,7 @@ class Spec:
     @staticmethod
     def of(tensor: torch.Tensor) -> Spec:
         """Return the layout of `tensor`."""
-        return Spec.get(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return Spec.get(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
     @staticmethod
     def fresh(tensor: torch.Tensor) -> Spec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
@@ -33,14 +33,9 @@ _WHOLE = frozenset(
         aten.scaled_dot_product_attention.default,
     }
 )
-_MATMUL_LIKE = frozenset(
-    getattr(aten, name).default
-    for name in (
-        "addbmm addmm addmv baddbmm bmm conv1d conv2d conv3d conv_transpose1d convolution linear matmul mm mv"
-        " scaled_dot_product_attention"
-    ).split()
+_INDEXING = frozenset(
+    {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 )
-_INDEXING = frozenset({aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default})
 _CONVOLUTIONS = frozenset({aten.convolution.default, aten.conv1d.default, aten.conv2d.default})
 
 
@@ -50,10 +45,10 @@ class HpuTensor(torch.Tensor):
     _cell: Cell
     _spec: Spec
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: OpOverload, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one op."""
@@ -84,7 +79,7 @@ class HpuTensor(torch.Tensor):
         """Copy to the host and convert."""
         return self.detach().cpu().tolist()
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         text = repr(self.detach().cpu())
         grad = ", requires_grad=True" if self.requires_grad else ""
         kind = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
@@ -92,7 +87,7 @@ class HpuTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
+            return cast(torch.Tensor, memo[id(self)])
         with torch.no_grad():
             copy: torch.Tensor = self.detach().clone()
         if isinstance(self, torch.nn.Parameter):
@@ -136,9 +131,8 @@ def constant(value: torch.Tensor) -> HpuTensor:
 
 @cache
 def _is_composite(func: OpOverload) -> bool:
-    return func not in _WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), "CompositeImplicitAutograd"
-    )
+    name: str = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
+    return func not in _WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 @cache
@@ -155,18 +149,7 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return handler(rt, func, args, kwargs)
     if _is_composite(func):
         return func.decompose(*args, **kwargs)
-    if func in _MATMUL_LIKE and torch.is_autocast_enabled("hpu"):
-        args, kwargs = _autocast(args), {name: _autocast(value) for name, value in kwargs.items()}
     return run(rt, func, args, kwargs)
-
-
-def _autocast(value: Any) -> Any:
-    # Casting at this level, not in an autocast kernel: CompositeImplicit ops arrive here already taken apart.
-    if isinstance(value, HpuTensor) and value.dtype is torch.float32:
-        return aten._to_copy.default(value, dtype=torch.get_autocast_dtype("hpu"))
-    if isinstance(value, tuple):
-        return tuple(_autocast(item) for item in value)
-    return value
 
 
 def run(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -73,7 +73,9 @@ def get_device_capability(device: Any = None) -> str:
 
 def get_device_properties(device: Any = None) -> types.SimpleNamespace:
     """Return name and memory size."""
-    return types.SimpleNamespace(name=_hpu_C.DEVICE_NAME, total_memory=_hpu_C.MEMORY_LIMIT, sDramSize=_hpu_C.MEMORY_LIMIT)
+    return types.SimpleNamespace(
+        name=_hpu_C.DEVICE_NAME, total_memory=_hpu_C.MEMORY_LIMIT, sDramSize=_hpu_C.MEMORY_LIMIT
+    )
 
 
 def synchronize() -> None:

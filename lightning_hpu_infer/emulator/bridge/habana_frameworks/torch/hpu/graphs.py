@@ -48,11 +48,11 @@ class HPUGraph:
         """Run again on the static inputs."""
         _hpu_C.replay(self.hpu_graph, asynchronous)
 
-    def replayV2(self, static_tlist: list[Any], tlist: list[Any], asynchronous: bool = False) -> None:  # noqa: N802
+    def replayV2(self, static_tlist: list[Any], tlist: list[Any], asynchronous: bool = False) -> None:
         """Copy `tlist` into the static inputs and run."""
         _hpu_C.replayV2(self.hpu_graph, static_tlist, tlist, asynchronous)
 
-    def replayV3(self, tlistI: list[Any], asynchronous: bool = False) -> None:  # noqa: N802, N803
+    def replayV3(self, tlistI: list[Any], asynchronous: bool = False) -> None:
         """Run on the tensors in place of the marked inputs that matched."""
         _hpu_C.replayV3(self.hpu_graph, tlistI, asynchronous)
 
@@ -80,7 +80,7 @@ class HPUGraph:
         self.reset()
 
 
-class graph:  # noqa: N801 - the bridge's name
+class graph:
     """Context manager that records its body into an `HPUGraph`, on a side stream unless one is given."""
 
     default_capture_stream: streams.Stream | None = None
@@ -214,7 +214,9 @@ def wrapped_hpugraph_forward(
         if max_graphs is not None and len(cache) == max_graphs:
             _hpu_C.count_graph_fallback()
             return orig_fwd(*args, **kwargs)
-        return _capture(cache, key, stream, orig_fwd, inputs, extra_outputs, disable_tensor_cache, asynchronous, dry_run)
+        return _capture(
+            cache, key, stream, orig_fwd, inputs, extra_outputs, disable_tensor_cache, asynchronous, dry_run
+        )
     if warmup:
         _hpu_C.step_marker()
         return cached.graph_outputs
