@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_hpu_infer import _habana
@@ -76,8 +77,15 @@ class DeviceStep:
         self._step = step
         self._on_hpu = device.type == _habana.DEVICE_TYPE
         self._graphs = None
-        if self._on_hpu and config.hpu_graphs and _habana.is_lazy():
-            self._graphs = NetworkGraphs(root, config.max_graphs)
+        if self._on_hpu and config.hpu_graphs:
+            if _habana.is_lazy():
+                self._graphs = NetworkGraphs(root, config.max_graphs)
+            else:
+                # In eager mode the bridge captures nothing and would return the first batch's outputs for ever.
+                rank_zero_warn(
+                    "`hpu_graphs=True` has no effect: HPU graphs exist in lazy mode only. Set PT_HPU_LAZY_MODE=1 before"
+                    " Python starts, or pass `hpu_graphs=False`."
+                )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Enqueue the step and launch it; does not wait for the device."""
@@ -130,9 +138,13 @@ class InferencePipeline:
     def __len__(self) -> int:
         return len(self._in_flight)
 
+    def clear(self) -> None:
+        """Forget what is in flight, as after an error."""
+        self._in_flight.clear()
+
     def close(self) -> None:
         """Forget what is in flight, release the graphs and give the model its own `forward` back."""
-        self._in_flight.clear()
+        self.clear()
         self._step.close()
 
     def push(self, batch: Any) -> None:

@@ -1,0 +1,41 @@
+"""Guards and devices for every test."""
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_hpu_infer import emulator
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """A test leaves threads, environment variables and the emulator as it found them."""
+    before = _surroundings()
+    yield
+    assert _surroundings() == before
+
+
+def _surroundings() -> tuple[set[str], dict[str, str], bool]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {thread.name for thread in threading.enumerate()}, environment, emulator.is_installed()
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    """The emulated HPU with its default settings, counters at zero."""
+    emulator.install()
+    emulator.reset_stats()
+    try:
+        yield
+    finally:
+        emulator.uninstall()
+
+
+@pytest.fixture(params=["cpu", "emulator"])
+def device(request: pytest.FixtureRequest) -> str:
+    """The test runs once on the CPU and once on the emulated HPU."""
+    if request.param == "emulator":
+        request.getfixturevalue("emulated")
+    return str(request.param)

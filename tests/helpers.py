@@ -1,0 +1,169 @@
+"""Models, data and recorders that the tests share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_hpu_infer import HPUInferenceAccelerator
+
+ALL_OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
+
+
+class Net(LightningModule):
+    """A small network that `predict_step` calls as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.net(batch)
+
+
+class Broken(Exception):
+    """What a faulty part raises."""
+
+
+class BrokenStep(Net):
+    """Fails in batch 4."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == 4:
+            raise Broken("step 4")
+        return super().predict_step(batch, batch_idx)
+
+
+class Rows(Dataset[Tensor]):
+    """Row i is filled with numbers that only i has."""
+
+    def __init__(self, length: int = 10, width: int = 4) -> None:
+        self.rows = torch.arange(length * width, dtype=torch.float32).reshape(length, width) / 7
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+
+def rows(length: int = 10, batch_size: int = 2) -> DataLoader[Tensor]:
+    return DataLoader(Rows(length), batch_size=batch_size)
+
+
+def trainer(accelerator: Any, callbacks: Sequence[Callback] = (), **kwargs: Any) -> Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(accelerator=accelerator, logger=False, callbacks=list(callbacks), **(quiet | kwargs))
+
+
+def predict(accelerator: Any, module: LightningModule, loaders: Any, **kwargs: Any) -> Any:
+    return trainer(accelerator, **kwargs).predict(module, loaders)
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Same structure and same types throughout, tensors equal within float32 tolerance."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, Tensor):
+        torch.testing.assert_close(actual, expected)
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for name in expected:
+            assert_equal(actual[name], expected[name])
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_equal(one, other)
+    else:
+        assert actual == expected
+
+
+def assert_like_stock(
+    accelerator: HPUInferenceAccelerator, module: LightningModule, loaders: Any, **kwargs: Any
+) -> Trainer:
+    """Predictions equal those of stock Lightning on the CPU."""
+    expected = predict("cpu", module, loaders, **kwargs)
+    ours = trainer(accelerator, **kwargs)
+    assert_equal(ours.predict(module, loaders), expected)
+    return ours
+
+
+class HookLog(Callback):
+    """Records every predict hook with what identifies its call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append(("start",))
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append(("epoch_start",))
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.calls.append(("batch_start", dataloader_idx, batch_idx, *_state(trainer)))
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        first = batch.cpu().flatten()[0].item()
+        self.calls.append(("batch_end", dataloader_idx, batch_idx, first, *_state(trainer)))
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append(("epoch_end", len(trainer.predict_loop.predictions)))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append(("end",))
+
+    def named(self, *names: str) -> list[tuple[Any, ...]]:
+        return [call for call in self.calls if call[0] in names]
+
+    @property
+    def order(self) -> str:
+        """Starts and ends as a sentence, like `s0 s1 e0 e1`."""
+        short = {"batch_start": "s", "batch_end": "e"}
+        return " ".join(f"{short[call[0]]}{call[2]}" for call in self.named(*short))
+
+
+def _state(trainer: Trainer) -> tuple[Any, ...]:
+    progress: Any = trainer.predict_loop.batch_progress
+    return progress.is_last_batch, progress.current.ready, progress.total.ready
+
+
+class Writer(BasePredictionWriter):
+    """Records what a prediction writer gets to see."""
+
+    def __init__(self, interval: str) -> None:
+        super().__init__(interval)  # type: ignore[arg-type]
+        self.batches: list[tuple[int, int, list[int], Any]] = []
+        self.epoch: Any = None
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert batch_indices is not None
+        self.batches.append((dataloader_idx, batch_idx, list(batch_indices), prediction.cpu()))
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
+    ) -> None:
+        self.epoch = (list(predictions), [list(indices) for indices in batch_indices])

@@ -1,0 +1,142 @@
+"""The one argument that users add, in every way that Lightning takes it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+
+from lightning_hpu_infer import HPUInferenceAccelerator, HPUInferenceStrategy, accelerator, strategies
+from tests.helpers import Net, assert_equal, predict, rows, trainer
+
+# Functions, since what is chosen depends on the device that is there when they are called.
+WAYS: dict[str, Callable[[], dict[str, Any]]] = {
+    "alone": lambda: {"accelerator": HPUInferenceAccelerator()},
+    "devices=1": lambda: {"accelerator": HPUInferenceAccelerator(), "devices": 1},
+    "devices=auto": lambda: {"accelerator": HPUInferenceAccelerator(), "devices": "auto"},
+    "by name": lambda: {"accelerator": "hpu_infer"},
+    "both by name": lambda: {"accelerator": "hpu_infer", "strategy": "hpu_infer"},
+    "strategy by name": lambda: {"accelerator": HPUInferenceAccelerator(), "strategy": "hpu_infer"},
+    "both objects": lambda: {"accelerator": HPUInferenceAccelerator(), "strategy": HPUInferenceStrategy()},
+    "strategy alone": lambda: {"strategy": HPUInferenceStrategy(accelerator=HPUInferenceAccelerator())},
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_ask_for_it_predicts_on_the_device(way: str, device: str) -> None:
+    module = Net()
+    expected = predict("cpu", module, rows())
+    ours = trainer(**({"accelerator": "auto"} | WAYS[way]()))
+    assert_equal(ours.predict(module, rows()), expected)
+    assert ours.strategy.root_device == (torch.device("hpu", 0) if device == "emulator" else torch.device("cpu"))
+    assert type(ours.accelerator) is HPUInferenceAccelerator
+
+
+class DeviceLog(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net().net
+        self.log_of: dict[str, str] = {}
+
+    def setup(self, stage: str) -> None:
+        self.log_of["setup"] = self.device.type
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_of["step"] = batch.device.type
+        return self.net(batch)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_explicit_strategy_shows_the_device_to_setup_hooks() -> None:
+    module = DeviceLog()
+    predict(HPUInferenceAccelerator(), module, rows(), strategy="hpu_infer")
+    assert module.log_of == {"setup": "hpu", "step": "hpu"}
+
+
+def test_the_explicit_strategy_needs_the_accelerator() -> None:
+    with pytest.raises(MisconfigurationException, match="`strategy='hpu_infer'` needs `accelerator="):
+        Trainer(accelerator="cpu", strategy="hpu_infer", logger=False)
+
+
+@pytest.mark.parametrize("devices", [2, "2", [0, 1], 0, "many"])
+def test_more_than_one_device_is_refused(devices: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="devices"):
+        Trainer(accelerator=HPUInferenceAccelerator(), devices=devices, logger=False)
+
+
+def test_a_strategy_on_another_device_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="runs on hpu or cpu, the strategy has meta"):
+        predict(HPUInferenceAccelerator(), Net(), rows(), strategy=SingleDeviceStrategy("meta"))
+
+
+def test_without_an_hpu_one_warning_names_both_remedies() -> None:
+    accelerator._warn_of_cpu.cache_clear()
+    with pytest.warns(UserWarning, match="No HPU was found.*habana_frameworks.*LIGHTNING_HPU_INFER_EMULATOR=1") as seen:
+        predict(HPUInferenceAccelerator(), Net(), rows())
+        predict(HPUInferenceAccelerator(), Net(), rows())
+    assert len([warning for warning in seen if "No HPU" in str(warning.message)]) == 1
+
+
+def test_names_are_registered_and_registering_again_does_nothing() -> None:
+    accelerator.register()
+    strategies.register()
+    assert "hpu_infer" in AcceleratorRegistry
+    assert "hpu_infer" in StrategyRegistry
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("32-true", torch.float32)])
+def test_mixed_precision_is_on_for_the_device_in_use(precision: str, dtype: torch.dtype, device: str) -> None:
+    predictions = predict(HPUInferenceAccelerator(), Net(), rows(), precision=precision)
+    assert {scores.dtype for scores in predictions} == {dtype}
+
+
+@pytest.mark.usefixtures("emulated")
+def test_device_stats_are_the_bridges() -> None:
+    stats = HPUInferenceAccelerator().get_device_stats("hpu")
+    assert stats["InUse"] == 0
+    assert HPUInferenceAccelerator().get_device_stats("cpu") == {}
+
+
+def test_other_stages_still_work(device: str) -> None:
+    class Tested(Net):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("mean", self.net(batch).mean())
+
+    module = Tested()
+    expected = trainer("cpu").test(module, rows(), verbose=False)
+    actual = trainer(HPUInferenceAccelerator()).test(module, rows(), verbose=False)
+    assert actual[0]["mean"] == pytest.approx(expected[0]["mean"], rel=1e-5)
+
+
+def python(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_importing_registers_and_does_nothing_else() -> None:
+    code = (
+        "import os, sys, threading; before = dict(os.environ)\n"
+        "import lightning_hpu_infer\n"
+        "print(threading.active_count(), dict(os.environ) == before, 'habana_frameworks' in sys.modules)"
+    )
+    assert python(code) == "1 True False"
+
+
+def test_the_environment_variable_installs_the_emulator() -> None:
+    code = (
+        "import lightning_hpu_infer; from lightning_hpu_infer import emulator\n"
+        "import torch; print(emulator.is_installed(), torch.zeros(2).to('hpu').device)"
+    )
+    assert python(code, LIGHTNING_HPU_INFER_EMULATOR="1") == "True hpu:0"
+    assert python(code.split("\n")[0] + "; print(emulator.is_installed())", LIGHTNING_HPU_INFER_EMULATOR="0") == "False"

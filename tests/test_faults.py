@@ -1,0 +1,161 @@
+"""Rule 11: after any fault the first error is what the user sees, nothing is left behind, and the Trainer works."""
+
+import signal
+import threading
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_hpu_infer import HPUInferenceAccelerator
+from tests.helpers import Broken, BrokenStep, Net, Rows, Writer, assert_equal, predict, rows, trainer
+
+pytestmark = pytest.mark.usefixtures("device")
+
+FLAGS: list[dict[str, Any]] = [{}, {"in_flight": 3, "prefetch": 3}, {"defer_hooks": False}, {"pipelining": False}]
+
+
+class BrokenRows(Rows):
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 9:
+            raise Broken("row 9")
+        return super().__getitem__(index)
+
+
+class BrokenTransfer(Net):
+    hook = ""
+
+    def _break(self, batch: Tensor) -> Tensor:
+        if batch.cpu()[0, 0] == Rows(20).rows[8, 0]:
+            raise Broken(self.hook)
+        return batch
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._break(batch) if self.hook == "before" else batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        batch = self._break(batch) if self.hook == "transfer" else batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._break(batch) if self.hook == "after" else batch
+
+
+class BrokenHook(Callback):
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+
+    def on_predict_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.hook == "start" and batch_idx == 4:
+            raise Broken("start hook")
+
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self.hook == "end" and batch_idx == 4:
+            raise Broken("end hook")
+
+
+class BrokenWriter(Writer):
+    def write_on_batch_end(self, *args: Any) -> None:
+        raise Broken("disk full")
+
+
+def fails_and_recovers(flags: dict[str, Any], module: Net, loader: Any, callbacks: list[Any]) -> None:
+    """The fault surfaces as itself, no thread stays, the module is as before, and the next run is right."""
+    expected = predict("cpu", Net(), rows(12, 2))
+    ours = trainer(HPUInferenceAccelerator(**flags), callbacks=callbacks)
+    threads = threading.active_count()
+    with pytest.raises(Broken) as raised:
+        ours.predict(module, loader)
+    assert "raise Broken" in "".join(traceback.format_tb(raised.value.__traceback__))
+    assert threading.active_count() == threads
+    assert not any("forward" in vars(child) for child in module.modules())
+    assert "predict_step" not in vars(ours.strategy)
+    assert next(module.parameters()).device.type == "cpu"
+
+    ours.callbacks = [callback for callback in ours.callbacks if callback not in callbacks]
+    assert_equal(ours.predict(Net(), rows(12, 2)), expected)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("fault", ["dataset", "step", "before", "transfer", "after", "start", "end", "writer"])
+def test_rule_11_a_fault_surfaces_as_itself(flags: dict[str, Any], fault: str) -> None:
+    module, loader, callbacks = Net(), DataLoader(Rows(20), 2), []
+    if fault == "dataset":
+        loader = DataLoader(BrokenRows(20), 2)
+    elif fault == "step":
+        module = BrokenStep()
+    elif fault in ("before", "transfer", "after"):
+        module = BrokenTransfer()
+        module.hook = fault
+    else:
+        callbacks = [BrokenWriter("batch") if fault == "writer" else BrokenHook(fault)]
+    fails_and_recovers(flags, module, loader, callbacks)
+
+
+def test_rule_11_batches_before_the_fault_that_were_retired_got_their_end_hook() -> None:
+    ended: list[int] = []
+
+    class Ends(Callback):
+        def on_predict_batch_end(self, t: Any, m: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+            ended.append(batch_idx)
+
+    with pytest.raises(Broken):
+        predict(HPUInferenceAccelerator(in_flight=2), BrokenStep(), rows(20, 2), callbacks=[Ends()])
+    # Batch 4 failed while 2 and 3 were in flight; these are dropped.
+    assert ended == [0, 1]
+
+
+class Interrupted(Net):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == 3:
+            signal.raise_signal(signal.SIGINT)
+        return super().predict_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_rule_11_ctrl_c(flags: dict[str, Any]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    ours = trainer(HPUInferenceAccelerator(**flags))
+    threads = threading.active_count()
+    try:
+        with pytest.raises(SystemExit):
+            ours.predict(Interrupted(), rows(20, 2))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on
+    assert threading.active_count() == threads
+    assert len(ours.predict(Net(), rows(20, 2)) or []) == 10
+
+
+def test_rule_11_ctrl_c_while_waiting_for_the_dataset() -> None:
+    waiting = threading.Event()
+
+    class Slow(Rows):
+        def __getitem__(self, index: int) -> Tensor:
+            if index == 6:
+                waiting.set()
+                interrupted.wait(20)
+            return super().__getitem__(index)
+
+    interrupted = threading.Event()
+
+    def press() -> None:
+        assert waiting.wait(20)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        interrupted.set()
+
+    handler = signal.getsignal(signal.SIGINT)
+    finger = threading.Thread(target=press)
+    finger.start()
+    try:
+        with pytest.raises(SystemExit):
+            predict(HPUInferenceAccelerator(), Net(), DataLoader(Slow(20), 2))
+    finally:
+        finger.join()
+        signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,99 @@
+"""The engine without a Trainer."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
+from tests.helpers import Broken, Net, Rows, assert_equal
+
+pytestmark = pytest.mark.usefixtures("device")
+
+CONFIGS = [
+    InferenceConfig(),
+    InferenceConfig(in_flight=3, prefetch=5),
+    InferenceConfig(prefetch=0, in_flight=0),
+    InferenceConfig(hpu_graphs=False),
+    InferenceConfig(pipelining=False),
+    InferenceConfig(hpu_graphs=False, async_copy=False, pipelining=False),
+]
+
+
+def batches(number: int = 7) -> list[Tensor]:
+    return [Rows(number).rows[i : i + 1] for i in range(number)]
+
+
+def expected(number: int = 7) -> list[Tensor]:
+    net = Net().net
+    with torch.inference_mode():
+        return [net(batch) for batch in batches(number)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_outputs_come_in_order_and_equal_the_models(config: InferenceConfig) -> None:
+    with InferencePipeline(Net().net, config=config) as pipeline:
+        assert_equal(list(pipeline.predict(batches())), expected())
+        assert_equal(list(pipeline.predict(iter(batches(3)))), expected(3))
+
+
+def test_push_and_pop_by_hand() -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        results = []
+        for batch in batches():
+            pipeline.push(batch)
+            if len(pipeline) > 2:
+                results.append(pipeline.pop())
+        while pipeline:
+            results.append(pipeline.pop())
+        assert_equal(results, expected())
+        with pytest.raises(IndexError):
+            pipeline.pop()
+
+
+def test_it_runs_on_the_hpu_if_there_is_one(device: str) -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        assert pipeline.device.type == ("hpu" if device == "emulator" else "cpu")
+        next(iter(pipeline.predict(batches())))
+
+
+def test_closing_gives_the_model_back() -> None:
+    net = Net().net
+    with InferencePipeline(net) as pipeline:
+        list(pipeline.predict(batches()))
+    assert "forward" not in vars(net)
+
+
+def test_an_error_of_the_batches_surfaces_and_the_pipeline_goes_on() -> None:
+    def faulty() -> Any:
+        yield from batches(3)
+        raise Broken("batch 3")
+
+    with InferencePipeline(Net().net) as pipeline:
+        with pytest.raises(Broken):
+            list(pipeline.predict(faulty()))
+        pipeline.clear()
+        assert_equal(list(pipeline.predict(batches())), expected())
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        outputs = pipeline.predict(batches())
+        assert_equal(next(outputs), expected()[0])
+        outputs.close()  # the guard in conftest.py sees a thread that stays
+
+
+def test_rule_3_a_popped_output_is_not_overwritten(device: str) -> None:
+    class Dictionary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().net
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"scores": self.net(x)}
+
+    with InferencePipeline(Dictionary()) as pipeline:
+        assert_equal([output["scores"] for output in pipeline.predict(batches())], expected())
+        if device == "emulator":
+            assert emulator.stats().captures == 1
