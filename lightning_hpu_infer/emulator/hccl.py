@@ -21,29 +21,29 @@ class HcclProcessGroup(dist.ProcessGroup):
         """Return "hccl"."""
         return "hccl"
 
-    def broadcast(self, tensors: Sequence[torch.Tensor], options: Any) -> Any:  # type: ignore[override]
+    def broadcast(self, tensors: Sequence[torch.Tensor], opts: Any) -> Any:  # type: ignore[override]
         """Send the tensors of one rank to all."""
-        return self._through_host(lambda host: self._gloo.broadcast(host, options), tensors)
+        return self._through_host(lambda host: self._gloo.broadcast(host, opts), tensors)
 
-    def allreduce(self, tensors: Sequence[torch.Tensor], options: Any = None) -> Any:  # type: ignore[override]
+    def allreduce(self, tensors: Sequence[torch.Tensor], opts: Any = None) -> Any:  # type: ignore[override]
         """Reduce over all ranks."""
-        options = options if options is not None else dist.AllreduceOptions()
-        return self._through_host(lambda host: self._gloo.allreduce(host, options), tensors)
+        opts = opts if opts is not None else dist.AllreduceOptions()
+        return self._through_host(lambda host: self._gloo.allreduce(host, opts), tensors)
 
-    def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         """Collect one tensor of every rank."""
-        options = options if options is not None else torch._C._distributed_c10d.AllgatherOptions()
+        opts = opts if opts is not None else torch._C._distributed_c10d.AllgatherOptions()
         host = [[torch.empty(t.shape, dtype=t.dtype) for t in group] for group in outputs]
-        work = self._gloo.allgather(host, [t.detach().cpu() for t in inputs], options)
+        work = self._gloo.allgather(host, [t.detach().cpu() for t in inputs], opts)
         work.wait()
         for group, received in zip(outputs, host, strict=True):
             for tensor, value in zip(group, received, strict=True):
                 tensor.copy_(value)
         return work
 
-    def barrier(self, options: Any = None) -> Any:
+    def barrier(self, opts: Any = None) -> Any:
         """Wait for all ranks."""
-        return self._gloo.barrier(options if options is not None else dist.BarrierOptions())
+        return self._gloo.barrier(opts if opts is not None else dist.BarrierOptions())
 
     def _through_host(self, collective: Any, tensors: Sequence[torch.Tensor]) -> Any:
         host = [tensor.detach().cpu() for tensor in tensors]

@@ -69,7 +69,7 @@ def _set_env(undo: contextlib.ExitStack, name: str, value: str) -> None:
 
 
 def _forget_modules() -> None:
-    for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(f"{_PACKAGE}.")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in (_PACKAGE, "habana_dataloader")]:
         del sys.modules[name]
     importlib.invalidate_caches()
 

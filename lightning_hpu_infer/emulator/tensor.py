@@ -79,7 +79,7 @@ class HpuTensor(torch.Tensor):
         """Copy to the host and convert."""
         return self.detach().cpu().tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         text = repr(self.detach().cpu())
         grad = ", requires_grad=True" if self.requires_grad else ""
         kind = "Parameter containing:\n" if isinstance(self, torch.nn.Parameter) else ""
@@ -105,7 +105,7 @@ class HpuTensor(torch.Tensor):
 
 def wrap(cell: Cell, spec: Spec) -> HpuTensor:
     """Make a tensor that shows `cell` through `spec`."""
-    tensor: HpuTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    tensor: HpuTensor = torch.Tensor._make_wrapper_subclass(
         HpuTensor, spec.size, strides=spec.stride, storage_offset=spec.offset, dtype=spec.dtype, device=_device()
     )
     tensor._cell, tensor._spec = cell, spec
