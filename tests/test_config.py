@@ -49,4 +49,4 @@ def test_the_config_is_frozen_and_keyword_only() -> None:
     with pytest.raises(FrozenInstanceError):
         InferenceConfig().prefetch = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
-        InferenceConfig(True)  # type: ignore[misc]
+        InferenceConfig(True)  # type: ignore[call-arg]

@@ -78,7 +78,7 @@ def fails_and_recovers(flags: dict[str, Any], module: Net, loader: Any, callback
     assert "predict_step" not in vars(ours.strategy)
     assert next(module.parameters()).device.type == "cpu"
 
-    ours.callbacks = [callback for callback in ours.callbacks if callback not in callbacks]
+    ours.callbacks = [callback for callback in ours.callbacks if callback not in callbacks]  # type: ignore[attr-defined]
     assert_equal(ours.predict(Net(), rows(12, 2)), expected)
 
 

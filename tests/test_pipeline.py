@@ -81,7 +81,7 @@ def test_leaving_early_ends_the_thread() -> None:
     with InferencePipeline(Net().net) as pipeline:
         outputs = pipeline.predict(batches())
         assert_equal(next(outputs), expected()[0])
-        outputs.close()  # the guard in conftest.py sees a thread that stays
+        outputs.close()  # type: ignore[attr-defined]  # the guard in conftest.py sees a thread that stays
 
 
 def test_rule_3_a_popped_output_is_not_overwritten(device: str) -> None:
