@@ -24,6 +24,7 @@ class HPUGraph:
     """A recorded program with the cells its inputs come from and its outputs go to."""
 
     def __init__(self) -> None:
+        self._runtime = runtime.current()
         self._registers: dict[Storage, int] = {}
         self._storages: list[Storage] = []
         self._steps: list[Step] = []
@@ -32,7 +33,7 @@ class HPUGraph:
         self._program: Program | None = None
         self._retained: list[Storage] = []
         self._stream_id = 0
-        self._user_inputs: list[tuple[Cell, Spec] | None] = []
+        self._user_inputs: list[Spec | None] = []
         self._user_slots: dict[int, int] = {}
         """Index of a marked input -> its register, for the inputs that the graph reads directly."""
 
@@ -91,7 +92,7 @@ class HPUGraph:
             if not isinstance(tensor, HpuTensor):
                 self._user_inputs.append(None)
                 continue
-            self._user_inputs.append((tensor._cell, tensor._spec))
+            self._user_inputs.append(tensor._spec)
             slot = by_cell.get(id(tensor._cell))
             if slot is not None and tensor._spec is tensor._cell.spec:
                 self._user_slots[index] = slot
@@ -117,10 +118,10 @@ class HPUGraph:
         for index, (tensor, marked) in enumerate(zip(tensors, self._user_inputs, strict=True)):
             if marked is None or not isinstance(tensor, HpuTensor):
                 continue
-            if tuple(tensor.shape) != marked[1].size:
+            if tuple(tensor.shape) != marked.size:
                 raise _fatal(
                     "HPU GRAPH:: Mark User Input Sizes is not same Replay Input Sizes"
-                    f" (input {index}: marked {marked[1].size}, given {tuple(tensor.shape)})"
+                    f" (input {index}: marked {marked.size}, given {tuple(tensor.shape)})"
                 )
             if index in self._user_slots:
                 if tensor._spec is not tensor._cell.spec:
@@ -183,7 +184,7 @@ class HPUGraph:
         HPUGraph.cpp:115-127, 449-457).
         """
         rt = runtime.installed()
-        if rt is not None and rt.capture.capturing:
+        if rt is not None and rt is self._runtime and rt.capture.capturing:
             rt.capture.capturing, rt.capture.graph = False, None
             rt.counters.add("captures_failed")
         self._program, self._inputs, self._outputs, self._retained = None, [], [], []

@@ -131,7 +131,7 @@ class Runtime:
             capture = self.capture
             if capture.capturing and capture.graph is not None and self.config.lazy:
                 capture.graph.append(queue)
-            if capture.dry_run:
+            if capture.dry_run and self.config.lazy:
                 self.engine("compute").submit(Task(lambda: self._compile(program)))
                 return
             env: list[Storage | None] = [storage if storage.has_live_cell() else None for storage in queue.storages]

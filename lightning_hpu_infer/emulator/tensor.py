@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
+from torch.utils._mode_utils import no_dispatch
 
 from lightning_hpu_infer.emulator import runtime
 from lightning_hpu_infer.emulator.engine import Task
@@ -112,6 +113,14 @@ def wrap(cell: Cell, spec: Spec) -> HpuTensor:
     return tensor
 
 
+def wrap_view(base: HpuTensor, spec: Spec) -> HpuTensor:
+    """Make a view of `base`; as in PyTorch it is an inference tensor only if `base` is one."""
+    if torch.is_inference_mode_enabled() and not base.is_inference():
+        with torch.inference_mode(False):
+            return wrap(base._cell, spec)
+    return wrap(base._cell, spec)
+
+
 @cache
 def _device() -> torch.device:
     return torch.device("hpu", 0)
@@ -195,7 +204,7 @@ def _present(plan: Plan, made: list[Cell], tensors: list[HpuTensor]) -> Any:
             results.append(output[1])
         else:
             index, spec = output
-            results.append(wrap(tensors[index]._cell, spec))
+            results.append(wrap_view(tensors[index], spec))
     if plan.multi is None:
         return results[0]
     return results if plan.multi is list else tuple(results)
@@ -284,13 +293,24 @@ def _on_values(
 
 def _detach(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
     tensor: HpuTensor = args[0]
-    return wrap(tensor._cell, tensor._spec)
+    return wrap_view(tensor, tensor._spec)
+
+
+def _view_in_place(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
+    tensor: HpuTensor = args[0]
+    with no_dispatch():  # the generic kernel changes the wrapper's own sizes and strides
+        func(*args, **kwargs)
+        tensor._spec = Spec.get(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    return tensor
 
 
 def _nothing(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     return None
 
 
+for _name in ("squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"):
+    _base, _, _overload = _name.partition(".")
+    HANDLERS[getattr(getattr(aten, _base), _overload or "default")] = _view_in_place
 HANDLERS[aten.detach.default] = _detach
 HANDLERS[aten.alias.default] = _detach
 HANDLERS[aten.lift_fresh.default] = lambda rt, func, args, kwargs: args[0]

@@ -141,7 +141,8 @@ def input_hash(obj: Any) -> int:
     if isinstance(obj, dict):
         return input_hash(tuple(obj.items()))
     if hasattr(obj, "data") and isinstance(getattr(obj, "data", None), dict):  # collections.UserDict
-        return input_hash(tuple((key, tuple(value)) for key, value in obj.items()))
+        # The rows of a tensor are new objects each time, and hash by identity: such a call hardly ever hits.
+        return hash((tuple(tuple(value) for value in obj.values()), autocast))
     if isinstance(obj, (list, tuple)):
         return hash((tuple(input_hash(item) for item in obj), autocast))
     if isinstance(obj, torch.Tensor):
