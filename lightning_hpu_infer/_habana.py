@@ -6,7 +6,8 @@ Imports stay inside functions: importing the bridge opens the device.
 
 import gc
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -68,6 +69,22 @@ def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
     """
     wrap: Callable[..., Callable[..., list[Tensor]]] = _hpu().wrap_in_hpu_graph_func
     return wrap(function, disable_tensor_cache=True)
+
+
+@contextmanager
+def capture_undisturbed() -> Iterator[None]:
+    """Surround a capture with this: no garbage is collected meanwhile.
+
+    A graph that dies during the capture of another one silently ends that capture (bridge `HPUGraph.cpp`, `destroy`).
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def reset_capture(error: BaseException) -> None:

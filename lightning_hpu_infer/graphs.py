@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,43 +71,54 @@ def _describe(leaf: object) -> object:
     )
 
 
-class _Graph:
-    """One captured call. The first `__call__` captures and runs it, later ones replay it."""
+class _FlatForward:
+    """A network as the bridge sees it: tensors in, list of tensors out, so that the bridge's own key has no say."""
 
     def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any]) -> None:
         self._forward = forward
         self._structure = key.structure
         # Tensors are arguments of every call; holding those of the first would only cost device memory.
-        self._constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._output: list[Any] = []
-        self._output_structure: TreeSpec | None = None
-        self._run = _habana.graphed(self._flat_forward)
+        self._constants, self._places = _without_tensors(leaves)
 
-    def _flat_forward(self, *tensors: Tensor) -> list[Tensor]:
-        """The network as the bridge sees it: tensors in, list of tensors out, so that its own key has no say."""
-        leaves = list(self._constants)
-        for place, tensor in zip(self._places, tensors, strict=True):
-            leaves[place] = tensor
-        args, kwargs = tree_unflatten(leaves, self._structure)
-        outputs, self._output_structure = tree_flatten(self._forward(*args, **kwargs))
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        args, kwargs = tree_unflatten(_with_tensors(self._constants, self._places, tensors), self._structure)
+        outputs, self.output_structure = tree_flatten(self._forward(*args, **kwargs))
         for leaf in outputs:
-            if not (leaf is None or isinstance(leaf, str | Tensor)):
-                raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph would repeat for every batch")
             if isinstance(leaf, Tensor) and leaf.device.type != _habana.DEVICE_TYPE:
                 raise NotCapturable(f"it returns a tensor on {leaf.device}, which a graph would repeat for every batch")
-        self._output = [None if isinstance(leaf, Tensor) else leaf for leaf in outputs]
-        self._output_places = [place for place, leaf in enumerate(outputs) if isinstance(leaf, Tensor)]
+            if not (leaf is None or isinstance(leaf, str | Tensor)):
+                raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph would repeat for every batch")
+        self.output_constants, self.output_places = _without_tensors(outputs)
         return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
 
+
+def _without_tensors(leaves: list[Any]) -> tuple[list[Any], list[int]]:
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], places
+
+
+def _with_tensors(constants: list[Any], places: list[int], tensors: Iterable[Tensor]) -> list[Any]:
+    leaves = list(constants)
+    for place, tensor in zip(places, tensors, strict=True):
+        leaves[place] = tensor
+    return leaves
+
+
+class _Graph:
+    """One captured call. The first `__call__` captures and runs it, later ones replay it."""
+
+    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any]) -> None:
+        # Not a method of this object: a reference cycle would leave the graph to the garbage collector.
+        self._flat = _FlatForward(forward, key, leaves)
+        self._places = self._flat._places
+        self._run = _habana.graphed(self._flat)
+
     def __call__(self, leaves: list[Any]) -> Any:
+        flat = self._flat
         outputs = self._run(*(leaves[place] for place in self._places))
-        assert self._output_structure is not None
-        result = list(self._output)
-        for place, tensor in zip(self._output_places, outputs, strict=True):
-            # The next replay overwrites the graph's tensor, and whoever called the network may keep what it got.
-            result[place] = tensor.clone()
-        return tree_unflatten(result, self._output_structure)
+        # The next replay overwrites the graph's tensors, and whoever called the network may keep what it got.
+        owned = (tensor.clone() for tensor in outputs)
+        return tree_unflatten(_with_tensors(flat.output_constants, flat.output_places, owned), flat.output_structure)
 
 
 class GraphedForward:
@@ -145,7 +156,8 @@ class GraphedForward:
         graph = _Graph(self._forward, key, leaves)
         GraphedForward._capturing = True
         try:
-            output = graph(leaves)
+            with _habana.capture_undisturbed():
+                output = graph(leaves)
         except BaseException as error:
             _habana.reset_capture(error)
             if not isinstance(error, Exception):

@@ -259,6 +259,38 @@ def test_rule_12_ctrl_c_in_a_capture() -> None:
         assert_equal((x + 1).cpu(), Rows().rows[:2] + 1)
 
 
+def test_rule_12_an_old_graph_that_becomes_garbage_does_not_end_a_capture() -> None:
+    """On the bridge a graph that dies during a capture silently ends it; what is replayed then is nothing."""
+    from habana_frameworks.torch.hpu import HPUGraph
+
+    class Litters(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            cycle: list[Any] = [HPUGraph()]
+            cycle.append(cycle)
+            del cycle
+            return super().forward(x)
+
+    module = Net()
+    module.net = Litters(4, 3)  # type: ignore[assignment]
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        assert_like_stock(HPUInferenceAccelerator(), module, rows(12, 2))
+    finally:
+        gc.set_threshold(*threshold)
+    assert emulator.stats().replays == 5
+
+
+def test_graphs_are_released_at_the_end_of_a_run_without_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        predict(HPUInferenceAccelerator(), Net(), rows(12, 2))
+        assert emulator.stats().bytes_in_use == 0
+    finally:
+        gc.enable()
+
+
 def test_forward_is_given_back_even_if_it_was_the_instances_own() -> None:
     module = Net()
     own = module.net.forward
