@@ -35,8 +35,8 @@ def test_round_trip(device: torch.device | str) -> None:
     x = torch.randn(3, 4)
     on_device = x.to(device)
     assert on_device.device == torch.device("hpu", 0)
-    assert on_device.is_hpu
-    assert not x.is_hpu
+    assert getattr(on_device, "is_hpu")  # noqa: B009 - type checkers do not know it
+    assert not getattr(x, "is_hpu")  # noqa: B009
     assert torch.equal(on_device.cpu(), x)
 
 

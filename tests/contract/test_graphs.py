@@ -148,7 +148,7 @@ def test_keys_ignore_dtype_and_collide_as_python_hashes_do() -> None:
 def test_copy_to_wants_the_same_structure() -> None:
     from habana_frameworks.torch.hpu.graphs import copy_to
 
-    dst = {"a": _hpu(1.0), "n": 1}
+    dst: dict[str, Any] = {"a": _hpu(1.0), "n": 1}
     copy_to(dst, {"a": _hpu(2.0), "n": 5})
     assert dst["a"].item() == 2.0
     assert dst["n"] == 1

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import dataclasses
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_hpu_infer import emulator
+from lightning_hpu_infer.emulator import EmulatorConfig
+
+
+@contextmanager
+def _installed(**settings: Any) -> Iterator[None]:
+    emulator.install(EmulatorConfig(**settings))
+    try:
+        yield
+    finally:
+        emulator.uninstall()
+
+
+def _graphed(func: Callable[..., Any]) -> Callable[..., Any]:
+    from habana_frameworks.torch.hpu.graphs import wrap_in_hpu_graph_func
+
+    wrapped: Callable[..., Any] = wrap_in_hpu_graph_func(func, disable_tensor_cache=True)
+    return wrapped
+
+
+def _mark_step() -> None:
+    import habana_frameworks.torch.core as htcore
+
+    htcore.mark_step()
+
+
+def test_counters_of_graphs_and_copies(emulated: None) -> None:
+    wrapped = _graphed(lambda x: x * 2)
+    for _ in range(3):
+        wrapped(torch.ones(256).pin_memory("hpu").to("hpu", non_blocking=True)).cpu()
+    wrapped(torch.ones(256).to("hpu"), bypass_hpu_graphs=True)
+    stats = emulator.stats()
+    assert (stats.captures, stats.replays, stats.graph_fallbacks, stats.compiles) == (1, 3, 1, 1)
+    assert (stats.h2d_copies, stats.h2d_pinned, stats.h2d_non_blocking, stats.h2d_bytes) == (4, 3, 3, 4096)
+    assert (stats.d2h_copies, stats.d2h_bytes) == (3, 3072)
+    assert stats.bytes_in_use > 0
+    assert stats.peak_bytes >= stats.bytes_in_use
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.captures = 5  # type: ignore[misc]
+    emulator.reset_stats()
+    assert emulator.stats().replays == 0
+    assert emulator.stats().bytes_in_use == stats.bytes_in_use
+
+
+def test_off_thread_calls_are_counted(emulated: None) -> None:
+    x = torch.ones(1).to("hpu")
+    thread = threading.Thread(target=lambda: x + 1)
+    thread.start()
+    thread.join()
+    assert emulator.stats().off_thread_calls >= 1
+
+
+def test_everything_is_freed(emulated: None) -> None:
+    def work() -> None:
+        net = torch.nn.Linear(8, 8).to("hpu")
+        wrapped = _graphed(net.forward)
+        with torch.no_grad():
+            for _ in range(5):
+                wrapped(torch.ones(2, 8).to("hpu")).clone().cpu()
+
+    work()
+    gc.collect()
+    torch.get_device_module("hpu").synchronize()
+    gc.collect()
+    assert emulator.stats().bytes_in_use == 0
+
+
+def test_ops_without_a_device_kernel() -> None:
+    with _installed(cpu_fallback_ops=frozenset({"aten::cumsum"})):
+        from habana_frameworks.torch.hpu.metrics import metric_global, metric_localcontext
+
+        x = torch.ones(3).to("hpu")
+        with metric_localcontext("cpu_fallback") as inside:
+            assert x.cumsum(0).tolist() == [1.0, 2.0, 3.0]
+        assert emulator.stats().cpu_fallbacks == 1
+        assert dict(inside.stats()) == {"TotalNumber": 1, "FallbackOps": {"aten::cumsum": 1}}
+        assert metric_global("nothing") is None
+        with pytest.raises(RuntimeError, match="cpu fallback is not supported during hpu graph capturing"):
+            _graphed(lambda y: y.cumsum(0))(x)
+
+
+def test_program_time_is_a_lower_bound_and_the_host_does_not_wait_for_it() -> None:
+    with _installed(program_ms=20):
+        x = torch.ones(2).to("hpu")
+        start = time.perf_counter()
+        for _ in range(5):
+            x = x + 1
+            _mark_step()
+        launched = time.perf_counter() - start
+        x.cpu()
+        finished = time.perf_counter() - start
+        assert finished >= 0.1
+        assert launched < finished / 2
+        assert emulator.stats().busy_s >= 0.1
+
+
+def test_a_new_program_compiles_once() -> None:
+    with _installed(compile_ms=50):
+        from habana_frameworks.torch.hpu.metrics import metric_global
+
+        x = torch.ones(2).to("hpu")
+        for _ in range(3):
+            (x + 1).cpu()
+        assert emulator.stats().compiles == 1
+        assert dict(metric_global("graph_compilation").stats())["TotalNumber"] == 1
+        (torch.ones(3).to("hpu") + 1).cpu()
+        assert emulator.stats().compiles == 2
+        assert emulator.stats().busy_s >= 0.1
+
+
+def test_launch_time_is_the_callers() -> None:
+    with _installed(launch_us=20_000):
+        x = torch.ones(2).to("hpu") + 1
+        start = time.perf_counter()
+        _mark_step()
+        assert time.perf_counter() - start >= 0.02
+        assert x.tolist() == [2.0, 2.0]
+
+
+def test_copies_take_their_bandwidth() -> None:
+    with _installed(h2d_gbps=0.1, d2h_gbps=0.1):
+        start = time.perf_counter()
+        x = torch.ones(1 << 20).to("hpu")
+        middle = time.perf_counter()
+        x.cpu()
+        assert middle - start >= 0.04
+        assert time.perf_counter() - middle >= 0.04
+
+
+def test_copies_and_programs_overlap() -> None:
+    with _installed(program_ms=30, h2d_gbps=0.1):
+        x = torch.ones(2).to("hpu")
+        source = torch.ones(750_000).pin_memory("hpu")  # 30 ms
+        start = time.perf_counter()
+        for _ in range(5):
+            x = x + 1
+            _mark_step()
+            source.to("hpu", non_blocking=True)
+        torch.get_device_module("hpu").synchronize()
+        assert 0.15 <= time.perf_counter() - start < 0.27
+
+
+def test_waiting_leaves_the_interpreter_to_others() -> None:
+    with _installed(program_ms=100):
+        x = torch.ones(2).to("hpu") + 1
+        ticks: list[float] = []
+
+        def tick() -> None:
+            for _ in range(5):
+                time.sleep(0.01)
+                ticks.append(time.perf_counter())
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        x.cpu()
+        assert len(ticks) == 5
+        thread.join()
+
+
+def test_idle_time_is_the_gap_between_programs(emulated: None) -> None:
+    x = torch.ones(2).to("hpu")
+    (x + 1).cpu()
+    time.sleep(0.05)
+    (x + 1).cpu()
+    assert emulator.stats().idle_s >= 0.05
+    assert emulator.stats().blocking_waits >= 1
