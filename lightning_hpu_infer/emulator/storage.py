@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,8 @@ class Memory:
 
     def __init__(self, *, lazy: bool) -> None:
         self.lazy = lazy
+        # Reentrant: a collection may release storages while this thread accounts for one.
+        self._lock = threading.RLock()
         self.in_use = self.peak = self.allocs = self.frees = self.largest = 0
         self._addresses = itertools.count(0x1000_0000_0000, 0x1_0000_0000)
 
@@ -81,16 +84,18 @@ class Memory:
         # In lazy mode 64-bit types live on the device as 32-bit ones (bridge: lazy_kernels.cpp:310-344).
         width = 4 if self.lazy and spec.dtype in _WIDE else spec.dtype.itemsize
         nbytes = spec.numel * width
-        self.in_use += nbytes
-        self.allocs += 1
-        self.peak = max(self.peak, self.in_use)
-        self.largest = max(self.largest, nbytes)
+        with self._lock:
+            self.in_use += nbytes
+            self.allocs += 1
+            self.peak = max(self.peak, self.in_use)
+            self.largest = max(self.largest, nbytes)
         return nbytes
 
     def release(self, nbytes: int) -> None:
         """Give back what `allocate` accounted for."""
-        self.in_use -= nbytes
-        self.frees += 1
+        with self._lock:
+            self.in_use -= nbytes
+            self.frees += 1
 
     def next_address(self) -> int:
         """Return a device address that no other storage has."""

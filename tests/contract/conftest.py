@@ -6,17 +6,8 @@ import importlib.util
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 REAL_DEVICE = importlib.util.find_spec("habana_frameworks") is not None
-
-if importlib.util.find_spec("torchvision") is not None:
-    # torchvision's wheel from PyPI lacks its C++ operators next to a CPU-only torch, and then fails to import, which
-    # timm does (and torchmetrics, so Lightning too). It only registers shapes for these two.
-    _TORCHVISION_OPS = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, _name):
-            _TORCHVISION_OPS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _device(*, lazy: bool) -> Iterator[None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+from tests.vision import import_timm
 
 
 def hpu() -> Any:
@@ -20,10 +21,10 @@ Case = tuple[nn.Module, dict[str, Any]]
 
 
 def _timm(name: str, **options: Any) -> Case:
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    import timm
-
+    try:
+        timm: Any = import_timm()
+    except ImportError as error:
+        pytest.skip(f"timm cannot be imported: {error}")
     return timm.create_model(name, num_classes=10, **options), {"x": torch.randn(2, 3, 64, 64)}
 
 
