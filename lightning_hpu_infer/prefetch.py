@@ -47,7 +47,10 @@ class Prefetcher(Generic[T]):
         self._source = source
         self._context = context
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-        self._places = threading.Semaphore(depth)
+        # A queue of tokens is a semaphore that needs no Python code to pass.
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._places.put(None)
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if depth:
@@ -77,13 +80,13 @@ class Prefetcher(Generic[T]):
             if item.error is not None:
                 raise item.error
             raise StopIteration
-        self._places.release()
+        self._places.put(None)
         return item
 
     def close(self) -> None:
         """Stop the thread and wait for it. What it has prepared is dropped. May be called again."""
         self._stopped.set()
-        self._places.release()
+        self._places.put(None)
         if self._thread is None or not self._thread.is_alive():
             return
         self._thread.join(_JOIN_SECONDS)
@@ -107,5 +110,5 @@ class Prefetcher(Generic[T]):
         self._ready.put(_End(error))
 
     def _reserve(self) -> bool:
-        self._places.acquire()
+        self._places.get()
         return not self._stopped.is_set()

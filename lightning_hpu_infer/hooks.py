@@ -1,0 +1,139 @@
+"""The hooks of one run, looked up once instead of once per batch.
+
+What is called, in which order, with which profiler span and which `_current_fx_name`, is as in Lightning's
+`trainer/call.py`. Stock Lightning resolves all of it anew for every batch, which costs it about half of its host time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+Hook = Callable[..., Any]
+
+
+class BatchHooks:
+    """What a prediction loop calls for every batch.
+
+    Without a profiler, hooks that nobody overrides are left out, since only their span could be noticed.
+
+    Args:
+        trainer: A `Trainer` whose run has started: callbacks and datamodule are final.
+    """
+
+    start: Hook
+    """`on_predict_batch_start` of all callbacks and the module: `(batch, batch_idx[, dataloader_idx])`."""
+    end: Hook
+    """`on_predict_batch_end`, likewise, with the outputs first."""
+    before_transfer: Hook
+    """`on_before_batch_transfer` of module or datamodule: `(batch, dataloader_idx) -> batch`. For any thread."""
+    to_device: Hook
+    """The strategy's `batch_to_device`: `(batch, dataloader_idx) -> batch`."""
+    step: Hook
+    """The strategy's `predict_step`: `(batch, batch_idx[, dataloader_idx]) -> output`."""
+    end_is_overridden: bool
+    """Whether any end hook could read an output."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._module: LightningModule = trainer.lightning_module
+        self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
+        self.start = self._batch_hook("on_predict_batch_start")
+        self.end = self._batch_hook("on_predict_batch_end")
+        self.end_is_overridden = any(is_overridden("on_predict_batch_end", listener) for listener in self._listeners())
+        self.before_transfer = self._data_hook("on_before_batch_transfer", named=False)
+        self.to_device = self._to_device()
+        self.step = self._step()
+
+    def _listeners(self) -> list[Any]:
+        return [*self._trainer.callbacks, self._module]
+
+    def _batch_hook(self, name: str) -> Hook:
+        calls = []
+        for listener in self._listeners():
+            if self._profiler is None and not is_overridden(name, listener):
+                continue
+            hook, span = getattr(listener, name), f"[LightningModule]{type(listener).__name__}.{name}"
+            if listener is not self._module:
+                hook, span = partial(hook, self._trainer, self._module), f"[Callback]{listener.state_key}.{name}"
+            calls.append(self._spanned(span, hook))
+
+        def call_all(*args: Any) -> None:
+            for call in calls:
+                call(*args)
+
+        return self._named(name, call_all) if calls else call_all
+
+    def _step(self) -> Hook:
+        step = self._strategy_hook("predict_step", self._trainer.strategy.predict_step)
+        if is_param_in_hook_signature(self._module.predict_step, "batch_idx", min_args=2):
+            return step
+        return lambda batch, batch_idx, *dataloader_idx: step(batch, *dataloader_idx)
+
+    def _to_device(self) -> Hook:
+        strategy, module = self._trainer.strategy, type(self._module)
+        if (
+            type(strategy).batch_to_device is Strategy.batch_to_device
+            and module._apply_batch_transfer_handler is LightningModule._apply_batch_transfer_handler
+        ):
+            device = strategy.root_device
+            transfer = self._data_hook("transfer_batch_to_device")
+            after = self._data_hook("on_after_batch_transfer")
+
+            def batch_to_device(batch: Any, dataloader_idx: int) -> Any:
+                return after(transfer(batch, device, dataloader_idx), dataloader_idx)
+        else:
+
+            def batch_to_device(batch: Any, dataloader_idx: int) -> Any:
+                return strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+        return self._strategy_hook("batch_to_device", batch_to_device)
+
+    def _strategy_hook(self, name: str, hook: Hook) -> Hook:
+        return self._named(name, self._spanned(f"[Strategy]{type(self._trainer.strategy).__name__}.{name}", hook))
+
+    def _data_hook(self, name: str, *, named: bool = True) -> Hook:
+        """A hook that belongs to the module unless the datamodule overrides it."""
+        owner = self._trainer._data_connector._datahook_selector.get_instance(name)
+        if self._profiler is None and name != "transfer_batch_to_device" and not is_overridden(name, owner):
+            return _unchanged
+        kind = "LightningModule" if owner is self._module else "LightningDataModule"
+        hook = self._spanned(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
+        return self._named(name, hook) if named and owner is self._module else hook
+
+    def _spanned(self, name: str, hook: Hook) -> Hook:
+        profiler = self._profiler
+        if profiler is None:
+            return hook
+
+        def call(*args: Any) -> Any:
+            with profiler.profile(name):
+                return hook(*args)
+
+        return call
+
+    def _named(self, name: str, hook: Hook) -> Hook:
+        """Set the module's `_current_fx_name` meanwhile, past the costly `nn.Module.__setattr__`."""
+        state = self._module.__dict__
+
+        def call(*args: Any) -> Any:
+            previous, state["_current_fx_name"] = state["_current_fx_name"], name
+            output = hook(*args)
+            state["_current_fx_name"] = previous
+            return output
+
+        return call
+
+
+def _unchanged(batch: Any, dataloader_idx: int) -> Any:
+    return batch
+
+
+def pulls_batches(module: LightningModule) -> bool:
+    """Whether `predict_step` takes `dataloader_iter` and so fetches its batches itself."""
+    return bool(is_param_in_hook_signature(module.predict_step, "dataloader_iter", explicit=True))
