@@ -26,7 +26,7 @@ unit: $(STAMP)
 # Other Lightning versions lie in folders of their own, laid over the same environment.
 matrix: $(LIGHTNINGS:%=.matrix/%)
 	set -e; for version in $(LIGHTNINGS); do \
-		echo "Lightning $$version"; PYTHONPATH=.matrix/$$version $(BIN)/python -m pytest -m smoke -W ignore -q; done
+		echo "Lightning $$version"; EXPECTED_LIGHTNING=$$version PYTHONPATH=.matrix/$$version $(BIN)/python -m pytest -m smoke -W ignore -q; done
 
 .matrix/%: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ lightning==$*

@@ -1,0 +1,56 @@
+"""The private names of Lightning that this package touches, on the version at hand. Each stands in one module of ours."""
+
+import inspect
+import os
+
+import lightning
+import pytest
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop
+from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
+from lightning.pytorch.loops.utilities import _no_grad_context
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+pytestmark = pytest.mark.smoke
+
+
+def test_the_version_is_the_one_that_was_asked_for() -> None:
+    assert lightning.__version__ == os.environ.get("EXPECTED_LIGHTNING", lightning.__version__)
+
+
+def test_the_prediction_loop_has_the_parts_that_ours_uses() -> None:
+    parts = "setup_data reset on_run_start on_run_end skip num_dataloaders _store_data_for_prediction_writer"
+    assert [name for name in parts.split() if not hasattr(_PredictionLoop, name)] == []
+    loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).predict_loop
+    attributes = "_data_fetcher _predictions _return_predictions _restarting _warning_cache current_batch_indices"
+    assert [name for name in attributes.split() if not hasattr(loop, name)] == []
+    assert isinstance(loop.batch_progress, _Progress)
+    assert isinstance(loop.batch_progress.current, _ProcessedTracker)
+    assert list(inspect.signature(_PredictionLoop._store_data_for_prediction_writer).parameters) == [
+        "self",
+        "batch_idx",
+        "dataloader_idx",
+    ]
+    assert callable(_no_grad_context)
+    assert "done" in _DataFetcher().__dict__
+
+
+def test_hooks_are_found_where_ours_looks_for_them() -> None:
+    assert list(inspect.signature(LightningModule._apply_batch_transfer_handler).parameters) == [
+        "self",
+        "batch",
+        "device",
+        "dataloader_idx",
+    ]
+    assert "_current_fx_name" in LightningModule().__dict__
+    assert list(inspect.signature(Strategy.batch_to_device).parameters) == ["self", "batch", "device", "dataloader_idx"]
+    assert hasattr(
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)._data_connector, "_datahook_selector"
+    )
+
+
+def test_the_device_of_strategy_and_precision_can_be_set() -> None:
+    assert "_root_device" in SingleDeviceStrategy("cpu").__dict__
+    assert "device" in MixedPrecision("bf16-mixed", "cpu").__dict__
