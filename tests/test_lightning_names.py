@@ -1,4 +1,4 @@
-"""The private names of Lightning that this package touches, on the version at hand. Each stands in one module of ours."""
+"""The private names of Lightning that this package touches, checked on the version at hand."""
 
 import inspect
 import os

@@ -74,6 +74,7 @@ class EmulatorStats:
     d2h_bytes: int = 0
     d2h_non_blocking: int = 0
     blocking_waits: int = 0
+    """Blocking copies and synchronizations, whether or not the device was done already."""
     blocked_s: float = 0.0
     """Time that host threads waited for the device."""
     busy_s: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,7 @@ class Runtime:
 
     def wait(self, task: Task) -> None:
         """Block the calling thread until `task` has run, and raise what it raised."""
-        if not task.done:
-            start = time.perf_counter()
-            task.wait()
-            self.counters.add("blocking_waits")
-            self.counters.add("blocked_s", time.perf_counter() - start)
+        self.wait_all([task])
         self.check(task)
 
     def check(self, task: Task) -> None:
@@ -192,20 +188,22 @@ class Runtime:
     def synchronize(self) -> None:
         """Launch what is pending and wait for every queue of the device."""
         self.flush("synchronize")
-        for engine in self.all_engines():
-            if engine.last is not None:
-                self.wait_quietly(engine.last)
+        self.wait_all(engine.last for engine in self.all_engines())
         if (error := self.unreported) is not None:
             self.unreported = None
             raise error.with_traceback(None)
 
-    def wait_quietly(self, task: Task) -> None:
-        """Wait like `wait`, and leave the task's error to whoever reads its result."""
-        if not task.done:
-            start = time.perf_counter()
-            task.wait()
-            self.counters.add("blocking_waits")
-            self.counters.add("blocked_s", time.perf_counter() - start)
+    def wait_all(self, tasks: Iterable[Task | None]) -> None:
+        """Wait like `wait`, and leave errors to whoever reads the results.
+
+        Counted as one wait even if all is done already, so that the counter does not depend on timing.
+        """
+        start = time.perf_counter()
+        for task in tasks:
+            if task is not None:
+                task.wait()
+        self.counters.add("blocking_waits")
+        self.counters.add("blocked_s", time.perf_counter() - start)
 
     def seed(self, seed: int) -> None:
         """Seed the device's random state, behind the ops that were called before."""

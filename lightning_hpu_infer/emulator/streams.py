@@ -28,9 +28,7 @@ def synchronize(stream_id: int) -> None:
     """Launch what is pending and wait for what the stream has queued."""
     rt = runtime.current()
     rt.flush("synchronize")
-    for engine in engines_of(stream_id):
-        if engine.last is not None:
-            rt.wait_quietly(engine.last)
+    rt.wait_all(engine.last for engine in engines_of(stream_id))
 
 
 def query(stream_id: int) -> bool:
@@ -59,9 +57,7 @@ class EventState:
 
     def synchronize(self) -> None:
         """Wait for that work; a pageable destination of an asynchronous copy may still be empty then."""
-        rt = runtime.current()
-        for task in self._tasks or ():
-            rt.wait_quietly(task)
+        runtime.current().wait_all(self._tasks or ())
 
     def block(self, stream_id: int) -> None:
         """Let everything that is queued on the stream from now on wait for that work."""
