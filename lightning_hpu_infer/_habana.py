@@ -78,7 +78,6 @@ def capture_undisturbed() -> Iterator[None]:
     A graph that dies during the capture of another one silently ends that capture (bridge `HPUGraph.cpp`, `destroy`).
     """
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -177,3 +177,28 @@ def test_idle_time_is_the_gap_between_programs(emulated: None) -> None:
     (x + 1).cpu()
     assert emulator.stats().idle_s >= 0.05
     assert emulator.stats().blocking_waits >= 1
+
+
+def test_a_program_that_only_moves_memory_does_not_take_a_networks_time() -> None:
+    with _installed(program_ms=50):
+        x = torch.ones(4).to("hpu")
+        for move in (torch.clone, lambda x: x.to(torch.bfloat16), lambda x: torch.empty(4, device="hpu").copy_(x)):
+            move(x).cpu()
+        assert emulator.stats().programs == 3
+        # Three times a network's time would be 0.15 s.
+        assert emulator.stats().busy_s < 0.05
+        (x + 1).cpu()
+        assert emulator.stats().busy_s >= 0.05
+
+
+def test_a_new_pinned_block_at_the_address_of_a_dead_one_stays_pinned() -> None:
+    """Its finalizer runs after the memory was freed, when another thread may have got the same address."""
+    from lightning_hpu_infer.emulator import pinned
+
+    with _installed():
+        blocks = [torch.ones(8).pin_memory("hpu") for _ in range(2)]
+        address = blocks[0].data_ptr()
+        dead, pinned._blocks[address] = pinned._blocks[address], object()
+        pinned._forget(address, dead)
+        assert blocks[0].is_pinned("hpu")
+        del pinned._blocks[address]

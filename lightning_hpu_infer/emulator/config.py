@@ -17,7 +17,10 @@ class EmulatorConfig:
     launch_us: float = 0.0
     """Time that each launched program costs the calling thread."""
     program_ms: float = 0.0
-    """Least duration of a launched program (a replay or a flushed lazy graph) on the compute queue."""
+    """Least duration of a launched program (a replay or a flushed lazy graph) on the compute queue.
+
+    It stands for a network's time, so programs that only move or cast device memory, as the copies that own a graph's
+    outputs do, take what they take on the CPU."""
     h2d_gbps: float = 0.0
     """Host-to-device bandwidth in 10^9 bytes per second."""
     d2h_gbps: float = 0.0

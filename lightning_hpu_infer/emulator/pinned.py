@@ -8,8 +8,8 @@ import weakref
 
 import torch
 
-_blocks: dict[int, int] = {}
-"""Address -> bytes of every live block."""
+_blocks: dict[int, object] = {}
+"""Address -> a token of the live block that begins there."""
 
 
 def empty(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
@@ -19,9 +19,15 @@ def empty(size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     block = mmap.mmap(-1, max(nbytes, 1))
     flat = torch.frombuffer(block, dtype=torch.uint8)
     address = flat.data_ptr()
-    _blocks[address] = nbytes
-    weakref.finalize(block, _blocks.pop, address, None).atexit = False
+    token = _blocks[address] = object()
+    weakref.finalize(block, _forget, address, token).atexit = False
     return flat[:nbytes].view(dtype).view(size)
+
+
+def _forget(address: int, token: object) -> None:
+    # The memory is free before this runs, so another thread may have a new block at the same address by now.
+    if _blocks.get(address) is token:
+        del _blocks[address]
 
 
 def is_pinned(tensor: torch.Tensor) -> bool:

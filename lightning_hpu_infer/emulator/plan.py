@@ -14,6 +14,8 @@ aten = torch.ops.aten
 
 # The fused CPU kernel lays out its result unlike the meta kernel says: ask the CPU once instead of copying always.
 _PREDICT_ON_CPU = frozenset({aten.scaled_dot_product_attention.default})
+# Ops that only move or cast device memory.
+_MOVES = frozenset({aten.clone.default, aten.copy_.default, aten._to_copy.default})
 
 
 class NeedsValues(Exception):
@@ -36,7 +38,7 @@ class Plan:
     an `int` (input `index` itself) or ``("const", value)``.
     """
 
-    __slots__ = ("args", "func", "kwargs", "lists", "multi", "new", "outputs", "singles", "views", "writes")
+    __slots__ = ("args", "computes", "func", "kwargs", "lists", "multi", "new", "outputs", "singles", "views", "writes")
 
     def __init__(
         self,
@@ -47,6 +49,7 @@ class Plan:
         writes: tuple[int, ...],
     ) -> None:
         self.func = func
+        self.computes = func not in _MOVES
         self.kwargs = {name: value for name, value in kwargs.items() if type(value) is not Slot}
         self.args = tuple(None if type(arg) is Slot else arg for arg in args)
         self.singles: list[tuple[int | str, int]] = []
@@ -188,5 +191,5 @@ def empty_plan(spec: Spec) -> Plan:
     from lightning_hpu_infer.emulator.storage import poison
 
     plan = Plan(lambda: poison(spec.empty(), loud=False), (), {}, (), ())
-    plan.outputs, plan.new = [spec], ((0, spec),)
+    plan.outputs, plan.new, plan.computes = [spec], ((0, spec),), False
     return plan

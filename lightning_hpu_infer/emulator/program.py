@@ -14,7 +14,7 @@ _empty_plans: dict[Spec, Plan] = {}
 class Program:
     """Steps on numbered registers, with the registers that come from and go to storages."""
 
-    __slots__ = ("frees", "inputs", "key", "mutated", "num_registers", "outputs", "steps")
+    __slots__ = ("computes", "frees", "inputs", "key", "mutated", "num_registers", "outputs", "steps")
 
     def __init__(
         self, steps: Sequence[Step], num_registers: int, inputs: Sequence[int], outputs: Sequence[int]
@@ -24,6 +24,8 @@ class Program:
         self.inputs = tuple(inputs)
         self.outputs = tuple(outputs)
         self.key = (self.steps, self.outputs)
+        self.computes = any(plan.computes for plan, _, _ in self.steps)
+        """Whether there is more to do than to copy device memory."""
         known = set(self.inputs)
         self.mutated = tuple(sorted({ins[i] for plan, ins, _ in self.steps for i in plan.writes} & known))
         last: dict[int, int] = {}

@@ -162,7 +162,7 @@ class Runtime:
         except BaseException as error:
             self.unreported = error
             raise
-        if not single and self.config.program_ms:
+        if not single and program.computes and self.config.program_ms:
             sleep_until(start + self.config.program_ms * 1e-3)
 
     def _compile(self, program: Program) -> float:
