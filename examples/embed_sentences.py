@@ -118,9 +118,9 @@ def main() -> None:
     if options.device == "emulator":
         emulator.install()
     heading = {"emulator": "emulated HPU (figures are not a Gaudi's)", "hpu": "HPU", "cpu": "CPU"}[options.device]
-    table = Table("technique", "batches/s", "ratio", title=heading)
+    table = Table("technique", "batch/s", "ratio", title=heading)
     if options.device == "emulator":
-        for column in ("captures", "replays", "pinned copies", "blocked s", "idle s"):
+        for column in ("captures", "replays", "pinned", "blocked s", "idle s"):
             table.add_column(column, justify="right")
     base = None
     for name, flags in TECHNIQUES.items():

@@ -64,11 +64,15 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def run(self) -> Any:
         """Predict every batch. Without `pipelining` this is stock Lightning's loop."""
-        with self._device_step():
-            # A step that pulls its own batches cannot be fed ahead.
-            if self.config.pipelining and not pulls_batches(self.trainer.lightning_module):
-                return self._run_pipelined()
-            return super().run()
+        # A step that pulls its own batches cannot be fed ahead.
+        pipelined = self.config.pipelining and not pulls_batches(self.trainer.lightning_module)
+        with self._on_device(stages=self._stages and not pipelined):
+            return self._run_pipelined() if pipelined else super().run()
+
+    @property
+    def _stages(self) -> bool:
+        """Whether inputs go through pinned memory."""
+        return self.config.async_copy and bool(self.trainer.strategy.root_device.type == _habana.DEVICE_TYPE)
 
     @_no_grad_context
     def _run_pipelined(self) -> Any:
@@ -115,7 +119,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
         trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
         assert fetcher is not None
-        stages = self.config.async_copy and trainer.strategy.root_device.type == _habana.DEVICE_TYPE
+        stages = self._stages
 
         def prepare(fetched: tuple[Any, int, int]) -> _Batch:
             batch, batch_idx, dataloader_idx = fetched
@@ -189,19 +193,27 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.trainer.profiler.stop(_FETCH_SPAN)
 
     @contextmanager
-    def _device_step(self) -> Iterator[None]:
-        """Run the networks of `predict_step` as graphs and launch what it enqueued, whichever strategy calls it."""
-        strategy = self.trainer.strategy
+    def _on_device(self, *, stages: bool) -> Iterator[None]:
+        """Put graphs and step markers into the strategy's `predict_step`, and staging into its `batch_to_device`.
+
+        They are shadowed on the object, so that this works with whichever strategy there is.
+        """
+        strategy, module = self.trainer.strategy, self.trainer.lightning_module
         if "predict_step" in vars(strategy):
             # A run inside a run, as of `BatchSizeFinder`.
             yield
             return
-        step = DeviceStep(strategy.predict_step, self.trainer.lightning_module, strategy.root_device, self.config)
-        strategy.predict_step = step
+        step = DeviceStep(strategy.predict_step, module, strategy.root_device, self.config)
+        shadows: dict[str, Any] = {"predict_step": step}
+        if stages:
+            move = strategy.batch_to_device
+            shadows["batch_to_device"] = lambda batch, *args, **kwargs: move(stage(batch), *args, **kwargs)
+        vars(strategy).update(shadows)
         try:
             yield
         finally:
-            del strategy.predict_step
+            for name in shadows:
+                delattr(strategy, name)
             step.close()
 
 

@@ -36,11 +36,29 @@ def test_graphs_replace_programs_of_single_ops_by_replays() -> None:
     assert graphed.off_thread_calls == plain.off_thread_calls == 0
 
 
-def test_async_copies_read_pinned_staging_buffers() -> None:
-    plain, staged = counted(ALL_OFF), counted(ALL_OFF | {"async_copy": True, "pipelining": True})
+@pytest.mark.parametrize("pipelining", [False, True])
+def test_async_copies_read_pinned_staging_buffers(pipelining: bool) -> None:
+    plain = counted(ALL_OFF | {"pipelining": pipelining})
+    staged = counted(ALL_OFF | {"pipelining": pipelining, "async_copy": True})
     assert plain.h2d_pinned == 0
     assert staged.h2d_pinned == BATCHES
     assert staged.h2d_bytes == plain.h2d_bytes
+
+
+def test_async_copies_do_not_wait_for_the_copy() -> None:
+    """With the copy engine held, every batch's copy is issued and the step is launched all the same."""
+    held = emulator.paused("h2d")
+
+    class Hold(Net):
+        def on_predict_start(self) -> None:
+            held.__enter__()
+
+        def on_predict_epoch_end(self) -> None:
+            held.__exit__(None, None, None)
+
+    flags = ALL_OFF | {"async_copy": True}
+    trainer(HPUInferenceAccelerator(**flags)).predict(Hold(), rows(2 * BATCHES, 2), return_predictions=False)
+    assert emulator.stats().h2d_pinned == BATCHES
 
 
 class LaunchLog(Callback):
