@@ -7,11 +7,18 @@ from lightning_hpu_infer import strategies as _strategies
 from lightning_hpu_infer.accelerator import HPUInferenceAccelerator
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.pipeline import InferencePipeline
-from lightning_hpu_infer.strategies import HPUInferenceStrategy
+from lightning_hpu_infer.strategies import HPUInferenceDDPStrategy, HPUInferenceStrategy
 
 __version__ = "0.1.0"
 
-__all__ = ["HPUInferenceAccelerator", "HPUInferenceStrategy", "InferenceConfig", "InferencePipeline", "__version__"]
+__all__ = [
+    "HPUInferenceAccelerator",
+    "HPUInferenceDDPStrategy",
+    "HPUInferenceStrategy",
+    "InferenceConfig",
+    "InferencePipeline",
+    "__version__",
+]
 
 _accelerator.register()
 _strategies.register()

@@ -58,6 +58,16 @@ def record_event() -> Any:
     return event
 
 
+def initialize_distributed(world_size: int, rank: int, local_rank: int) -> None:
+    """Choose this process's device and register the backend `hccl` for it.
+
+    Call before the process group is made, and before the device is used: each process has one device.
+    """
+    from habana_frameworks.torch.distributed import hccl
+
+    hccl.initialize_distributed_hpu(world_size=world_size, rank=rank, local_rank=local_rank)
+
+
 def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Wrap a function of device tensors so that it is captured on its first call and replayed afterwards.
 

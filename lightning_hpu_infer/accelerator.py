@@ -8,8 +8,7 @@ from lightning.fabric.accelerators.registry import _AcceleratorRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
-from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hpu_infer import _habana
@@ -75,18 +74,15 @@ class HPUInferenceAccelerator(Accelerator):
             raise MisconfigurationException(f"HPUInferenceAccelerator runs on hpu or cpu, the strategy has {device}.")
 
     def setup(self, trainer: Trainer) -> None:
-        """Put the device and the prediction loop in place. Called before the model moves to the device."""
-        device = select_device()
-        if device.type == "cpu":
+        """Put precision and the prediction loop in place. Called before the model moves to the device."""
+        if select_device().type == "cpu":
             _warn_of_cpu()
-        strategy = trainer.strategy
-        if isinstance(strategy, SingleDeviceStrategy):
-            # Lightning builds `SingleDeviceStrategy("cpu")` for any accelerator that it does not know.
-            strategy._root_device = device
-        precision = trainer.precision_plugin
-        if isinstance(precision, MixedPrecision):
-            # Lightning takes "cuda" for any accelerator that it does not know, which silently means no autocast.
-            precision.device = device.type
+        elif trainer.strategy.root_device.type == "cpu":
+            rank_zero_warn(
+                f"There is an HPU, but {type(trainer.strategy).__name__} was made for the CPU and predicts there. Use"
+                " `strategy='auto'`, and install the emulator, if that is the HPU, before you make the Trainer."
+            )
+        _repair_precision(trainer.precision_plugin, trainer.strategy.root_device.type)
         PipelinedPredictionLoop.take_over(trainer.predict_loop, self.config)
 
     def teardown(self) -> None:
@@ -99,24 +95,29 @@ class HPUInferenceAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: int | str | list[int]) -> int:
-        """The number of devices asked for.
+        """The number of devices asked for; of a list, its length, since each process sees one device only.
 
         Raises:
-            MisconfigurationException: If that is not a positive number, or more than one.
+            MisconfigurationException: If that is not a positive number.
         """
-        count = len(devices) if isinstance(devices, list) else _to_count(devices)
-        if count != 1:
-            raise MisconfigurationException(f"HPUInferenceAccelerator supports `devices=1` for now, got {devices!r}.")
+        try:
+            count = len(devices) if isinstance(devices, list) else int(devices)
+        except ValueError:
+            count = 0
+        if count < 1:
+            raise MisconfigurationException(
+                f"`devices` must be a positive number, a list of numbers or 'auto' (one device), got {devices!r}."
+            )
         return count
 
     @staticmethod
     def get_parallel_devices(devices: int) -> list[torch.device]:
-        """One device per process: the bridge ignores the index (bridge `csrc/bindings.cpp`)."""
+        """The device of each process: always its first, the bridge ignores the index (bridge `csrc/bindings.cpp`)."""
         return [select_device()] * devices
 
     @staticmethod
     def auto_device_count() -> int:
-        """What `devices="auto"` means."""
+        """What `devices="auto"` means: one, so that `predict` returns all predictions unless told otherwise."""
         return 1
 
     @staticmethod
@@ -146,13 +147,15 @@ def register() -> None:
     HPUInferenceAccelerator.register_accelerators(AcceleratorRegistry)
 
 
-def _to_count(devices: int | str) -> int:
-    try:
-        return int(devices)
-    except ValueError:
-        raise MisconfigurationException(
-            f"`devices` must be a number, a list of numbers or 'auto', got {devices!r}."
-        ) from None
+def _repair_precision(plugin: Precision, device_type: str) -> None:
+    """Lightning builds mixed precision for "cuda" where it does not know the accelerator: no autocast, silently."""
+    if not isinstance(plugin, MixedPrecision):
+        return
+    plugin.device = device_type
+    plugin.scaler = None  # one for CUDA; prediction scales no gradients
+    if device_type == "cpu" and plugin.precision == "16-mixed":
+        rank_zero_warn("`precision='16-mixed'` is not supported on the CPU: predicting with 'bf16-mixed' instead.")
+        plugin.precision = "bf16-mixed"
 
 
 @cache

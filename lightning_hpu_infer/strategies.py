@@ -1,30 +1,38 @@
-"""Strategies by name. With `strategy="auto"` the accelerator needs none of them."""
+"""Strategies for one and for several devices, and how `strategy="auto"` comes to mean them."""
 
+import functools
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
+from lightning_hpu_infer import _habana
 from lightning_hpu_infer.accelerator import HPUInferenceAccelerator, select_device
 
 
-class HPUInferenceStrategy(SingleDeviceStrategy):
-    """One device, known from the Trainer's construction on.
+class HostCheckpointIO(TorchCheckpointIO):
+    """Saves tensors as host tensors, so that a checkpoint loads with or without an HPU."""
 
-    The difference to `strategy="auto"`: the LightningModule's `setup` and `configure_model` hooks see the HPU as
-    `self.device` in the first run already.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Copy the tensors of a checkpoint to the host and save it."""
+        super().save_checkpoint(move_data_to_device(checkpoint, torch.device("cpu")), path, storage_options)
 
-    Args:
-        device: An HPU if there is one, else the CPU.
-        **kwargs: Passed to `SingleDeviceStrategy`.
-    """
 
-    strategy_name = "hpu_infer"
+class _ForInference(Strategy):
+    """What our strategies share: their accelerator, and checkpoints of host tensors."""
 
-    def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
-        super().__init__(select_device() if device is None else device, **kwargs)
+    strategy_name: str
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs["checkpoint_io"] = kwargs.get("checkpoint_io") or HostCheckpointIO()
+        super().__init__(**kwargs)
 
     @property
     def accelerator(self) -> Accelerator | None:
@@ -41,9 +49,103 @@ class HPUInferenceStrategy(SingleDeviceStrategy):
         self._accelerator = accelerator
 
 
+class HPUInferenceStrategy(_ForInference, SingleDeviceStrategy):
+    """One device. `strategy="auto"` means this for one device.
+
+    Args:
+        device: An HPU if there is one, else the CPU.
+        **kwargs: Passed to `SingleDeviceStrategy`.
+    """
+
+    strategy_name = "hpu_infer"
+
+    def __init__(self, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        super().__init__(device=select_device() if device is None else device, **kwargs)
+
+
+class HPUInferenceDDPStrategy(_ForInference, DDPStrategy):
+    """One process per device; each predicts its share of the samples. `strategy="auto"` means this for several.
+
+    Args:
+        **kwargs: Passed to `DDPStrategy`.
+    """
+
+    strategy_name = "hpu_infer_ddp"
+
+    def setup_environment(self) -> None:
+        """Register `hccl` before the process group is made.
+
+        Until then torch's default for `hpu` is its *fake* backend, whose collectives do nothing at all.
+        """
+        if self.root_device.type == _habana.DEVICE_TYPE:
+            assert self.cluster_environment is not None
+            self.set_world_ranks()
+            _habana.initialize_distributed(self.world_size, self.global_rank, self.local_rank)
+        super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Make the process group, as `DDPStrategy` does, but without binding it to a device id.
+
+        torch accepts only ids of the device that it takes for the current accelerator, which an HPU need not be.
+
+        Raises:
+            RuntimeError: If the backend is torch's fake one.
+        """
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = self._get_process_group_backend()
+        if self._process_group_backend == "fake":
+            raise RuntimeError(
+                f"The process group backend for {self.root_device} is torch's 'fake', which exchanges nothing. Install"
+                " Habana's bridge with its `hccl` backend, or pass `process_group_backend` to the strategy."
+            )
+        assert self.cluster_environment is not None
+        _init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
+
+    def _get_process_group_backend(self) -> str:
+        # Lightning 2.4 knows nccl and gloo only.
+        on_hpu = self.root_device.type == _habana.DEVICE_TYPE
+        return self._process_group_backend or ("hccl" if on_hpu else "gloo")
+
+    def on_predict_end(self) -> None:
+        """Let all ranks end together.
+
+        Prediction needs no exchange, so a rank could end well, and with it the command, while another one fails.
+        """
+        super().on_predict_end()
+        self.barrier("predict_end")
+
+    def determine_ddp_device_ids(self) -> None:
+        """One device per process, so DDP needs no id."""
+        return
+
+
 def register() -> None:
-    """Make the strategies known to Lightning by name. Does nothing the second time."""
-    if HPUInferenceStrategy.strategy_name not in StrategyRegistry:
-        StrategyRegistry.register(
-            HPUInferenceStrategy.strategy_name, HPUInferenceStrategy, description="One Intel Gaudi device"
-        )
+    """Make the strategies known to Lightning, by name and as what `strategy="auto"` means. Idempotent."""
+    for strategy, description in (
+        (HPUInferenceStrategy, "One Intel Gaudi device"),
+        (HPUInferenceDDPStrategy, "Several Intel Gaudi devices, a process each"),
+    ):
+        if strategy.strategy_name not in StrategyRegistry:
+            StrategyRegistry.register(strategy.strategy_name, strategy, description=description)
+    if not hasattr(_AcceleratorConnector._choose_strategy, "__wrapped__"):
+        _AcceleratorConnector._choose_strategy = _choosing_ours(_AcceleratorConnector._choose_strategy)  # type: ignore[method-assign]
+
+
+def _choosing_ours(stock: Any) -> Any:
+    """What `strategy="auto"` means: ours for our accelerator, Lightning's choice for any other.
+
+    Lightning gives every accelerator that it does not know `SingleDeviceStrategy("cpu")` or plain "ddp", and asks
+    nobody (`accelerator_connector.py`, `_choose_strategy`).
+    """
+
+    @functools.wraps(stock)
+    def choose(connector: Any) -> Strategy | str:
+        if not isinstance(connector.accelerator, HPUInferenceAccelerator):
+            choice: Strategy | str = stock(connector)
+            return choice
+        if len(connector._parallel_devices) > 1 or connector._num_nodes_flag > 1:
+            return HPUInferenceDDPStrategy.strategy_name
+        return HPUInferenceStrategy()
+
+    return choose

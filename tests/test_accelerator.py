@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -55,9 +56,10 @@ class DeviceLog(LightningModule):
 
 
 @pytest.mark.usefixtures("emulated")
-def test_the_explicit_strategy_shows_the_device_to_setup_hooks() -> None:
+@pytest.mark.parametrize("strategy", ["auto", "hpu_infer"])
+def test_setup_hooks_of_the_first_run_see_the_device(strategy: str) -> None:
     module = DeviceLog()
-    predict(HPUInferenceAccelerator(), module, rows(), strategy="hpu_infer")
+    predict(HPUInferenceAccelerator(), module, rows(), strategy=strategy)
     assert module.log_of == {"setup": "hpu", "step": "hpu"}
 
 
@@ -66,8 +68,8 @@ def test_the_explicit_strategy_needs_the_accelerator() -> None:
         Trainer(accelerator="cpu", strategy="hpu_infer", logger=False)
 
 
-@pytest.mark.parametrize("devices", [2, "2", [0, 1], 0, "many"])
-def test_more_than_one_device_is_refused(devices: Any) -> None:
+@pytest.mark.parametrize("devices", [0, -1, [], "many"])
+def test_a_wrong_number_of_devices_is_refused(devices: Any) -> None:
     with pytest.raises(MisconfigurationException, match="devices"):
         Trainer(accelerator=HPUInferenceAccelerator(), devices=devices, logger=False)
 
@@ -75,6 +77,12 @@ def test_more_than_one_device_is_refused(devices: Any) -> None:
 def test_a_strategy_on_another_device_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="runs on hpu or cpu, the strategy has meta"):
         predict(HPUInferenceAccelerator(), Net(), rows(), strategy=SingleDeviceStrategy("meta"))
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_strategy_for_the_cpu_beside_an_hpu_is_noted() -> None:
+    with pytest.warns(UserWarning, match="There is an HPU, but SingleDeviceStrategy was made for the CPU"):
+        predict(HPUInferenceAccelerator(), Net(), rows(), strategy=SingleDeviceStrategy("cpu"))
 
 
 def test_without_an_hpu_one_warning_names_both_remedies() -> None:
@@ -103,6 +111,18 @@ def test_device_stats_are_the_bridges() -> None:
     stats = HPUInferenceAccelerator().get_device_stats("hpu")
     assert stats["InUse"] == 0
     assert HPUInferenceAccelerator().get_device_stats("cpu") == {}
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled")  # made by Lightning, before we are asked
+def test_mixed_precision_of_16_bits(device: str) -> None:
+    ours = trainer(HPUInferenceAccelerator(), precision="16-mixed")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        predictions: Any = ours.predict(Net(), rows())
+    warned = [str(warning.message) for warning in seen if "16-mixed" in str(warning.message)]
+    # As stock Lightning does on the CPU, which has no fp16 autocast.
+    assert {scores.dtype for scores in predictions} == {torch.float16 if device == "emulator" else torch.bfloat16}
+    assert len(warned) == (device == "cpu")
 
 
 def test_other_stages_still_work(device: str) -> None:

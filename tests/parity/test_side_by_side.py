@@ -1,0 +1,49 @@
+"""Every case on stock Lightning and on the plugin: predictions, hooks, writers, counters and the module afterwards."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.helpers import ALL_OFF
+from tests.parity.cases import CASES
+from tests.parity.recorder import Record, compare, run
+
+FLAGS: list[dict[str, Any]] = [
+    {},
+    ALL_OFF,
+    {"pipelining": False},
+    {"hpu_graphs": False},
+    {"async_copy": False, "in_flight": 3, "prefetch": 4},
+    {"prefetch": 0, "in_flight": 0},
+    {"defer_hooks": False},
+]
+
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings(
+        "ignore:predict returned None",
+        "ignore:Couldn't infer the batch indices",
+        "ignore:Your `IterableDataset` has `__len__`",
+        "ignore:Total length of",
+        "ignore:`hpu_graphs=True` has no effect",
+        "ignore:The network",
+        "ignore:You have overridden",
+        "ignore:You are trying to `self.log",
+    ),
+]
+
+
+@cache
+def stock(name: str) -> Record:
+    return run("cpu", CASES[name])
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_like_stock(name: str, flags: dict[str, Any]) -> None:
+    compare(flags, CASES[name], stock(name))
+
+
+def test_there_are_at_least_40_cases() -> None:
+    assert len(CASES) >= 40
