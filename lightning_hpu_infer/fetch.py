@@ -1,9 +1,12 @@
 """Outputs on their way back to the host."""
 
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -20,26 +23,49 @@ class PendingOutput:
     read too early (bridge `device.cpp`, and Lightning's issue #11287: zeros in written predictions).
 
     Args:
-        output: Any collection, tensors of it on any device. It must own its tensors: nothing may overwrite them.
+        output: Any collection, tensors of it on any device. No graph may own them.
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
     """
 
     def __init__(self, output: Any, device: torch.device, *, fetch: bool = True) -> None:
-        self.output = output
-        self._fetch = fetch
-        # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
-        waits = fetch and any(
-            isinstance(leaf, Tensor) and leaf.device.type == device.type for leaf in tree_leaves(output)
-        )
-        self._event = None if waits or device.type != _habana.DEVICE_TYPE else _habana.record_event()
+        tensors = list(_tensors(output))
+        self._output = output
+        self._versions: list[tuple[Tensor, int]] = []
+        if not torch.is_inference_mode_enabled():
+            self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        elif not all(tensor.is_inference() for tensor in tensors):
+            # Nothing that was computed just now: a buffer or a weight, which a later step may overwrite.
+            self._output = apply_to_collection(output, Tensor, _own)
+        self._fetch = fetch and device.type == _habana.DEVICE_TYPE
+        self._event = None
+        if device.type == _habana.DEVICE_TYPE and not (fetch and any(t.device.type == device.type for t in tensors)):
+            # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
+            self._event = _habana.record_event()
 
     def result(self) -> Any:
-        """Wait until the output is there and return it with host tensors; unmoved if `fetch` was False."""
+        """Wait until the output is there and return it with host tensors; unmoved if `fetch` was False.
+
+        Raises:
+            RuntimeError: If a tensor was overwritten in place since it was returned.
+        """
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "A tensor that `predict_step` returned was overwritten in place before it was fetched, so its values"
+                " are lost. Return a `.clone()` of it, or pass `pipelining=False`."
+            )
         if self._event is not None:
             self._event.synchronize()
-        return move_data_to_device(self.output, _HOST) if self._fetch else self.output
+        return move_data_to_device(self._output, _HOST) if self._fetch else self._output
 
 
-def _on_device(output: Any, device: torch.device) -> bool:
-    return any(isinstance(leaf, Tensor) and leaf.device.type == device.type for leaf in tree_leaves(output))
+def _own(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_inference() else tensor.clone()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors(list(vars(leaf).values()))
