@@ -5,6 +5,7 @@ Imports stay inside functions: importing the bridge opens the device.
 """
 
 import gc
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,13 @@ def initialize_distributed(world_size: int, rank: int, local_rank: int) -> None:
     hccl.initialize_distributed_hpu(world_size=world_size, rank=rank, local_rank=local_rank)
 
 
+def is_view(tensor: Tensor) -> bool:
+    """Whether a device tensor is a view that was not written out yet, and so cannot be a graph's input by itself."""
+    from habana_frameworks.torch import _hpu_C
+
+    return bool(_hpu_C.get_view_hash(tensor))
+
+
 def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Wrap a function of device tensors so that it is captured on its first call and replayed afterwards.
 
@@ -76,7 +84,17 @@ def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
 
     `disable_tensor_cache=True` because the other mode keeps the tensors of the first call as static inputs and
     overwrites them on every later call, and those may be a batch that somebody still holds.
+
+    Raises:
+        RuntimeError: If the environment takes that choice away.
     """
+    # The variable beats the argument (bridge `hpu/graphs.py`).
+    if os.environ.get("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", "1") != "1":
+        raise RuntimeError(
+            "PT_HPUGRAPH_DISABLE_TENSOR_CACHE is set to"
+            f" {os.environ['PT_HPUGRAPH_DISABLE_TENSOR_CACHE']!r}, which lets graphs overwrite your batches. Unset it,"
+            " or pass `hpu_graphs=False`."
+        )
     wrap: Callable[..., Callable[..., list[Tensor]]] = _hpu().wrap_in_hpu_graph_func
     return wrap(function, disable_tensor_cache=True)
 

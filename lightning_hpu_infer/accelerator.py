@@ -31,6 +31,8 @@ class HPUInferenceAccelerator(Accelerator):
         defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
             Lightning's hook order and device tensors. Used when `pipelining`.
         max_graphs: Captured graphs per network, 1 to 65536. Used when `hpu_graphs`.
+        verify_graphs: Replays of each new graph that are compared with the plain forward, 0 to 65536; 0 believes every
+            graph. Used when `hpu_graphs`.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -52,6 +54,7 @@ class HPUInferenceAccelerator(Accelerator):
         in_flight: int = 1,
         defer_hooks: bool = True,
         max_graphs: int = 16,
+        verify_graphs: int = 1,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
         self.config = InferenceConfig(
@@ -62,6 +65,7 @@ class HPUInferenceAccelerator(Accelerator):
             in_flight=in_flight,
             defer_hooks=defer_hooks,
             max_graphs=max_graphs,
+            verify_graphs=verify_graphs,
         )
 
     def setup_device(self, device: torch.device) -> None:
@@ -95,18 +99,19 @@ class HPUInferenceAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: int | str | list[int]) -> int:
-        """The number of devices asked for; of a list, its length, since each process sees one device only.
+        """The number of devices asked for.
 
         Raises:
             MisconfigurationException: If that is not a positive number.
         """
         try:
-            count = len(devices) if isinstance(devices, list) else int(devices)
+            count = 0 if isinstance(devices, list | bool) else int(devices)
         except ValueError:
             count = 0
         if count < 1:
             raise MisconfigurationException(
-                f"`devices` must be a positive number, a list of numbers or 'auto' (one device), got {devices!r}."
+                f"`devices` must be a positive number or 'auto' (one device), got {devices!r}. Each process sees one"
+                " device only; choose cards with HABANA_VISIBLE_MODULES."
             )
         return count
 

@@ -34,10 +34,19 @@ class InferenceConfig:
     max_graphs: int = 16
     """Captured graphs per network; further input shapes run without a graph. Used when `hpu_graphs`."""
 
+    verify_graphs: int = 1
+    """Replays of each new graph that are compared with the plain forward, besides the capturing call. 0 believes every
+    graph. Used when `hpu_graphs`."""
+
     def __post_init__(self) -> None:
         for name in ("hpu_graphs", "async_copy", "pipelining", "defer_hooks"):
             _check_type(name, getattr(self, name), bool)
-        for name, low, high in (("prefetch", 0, 1024), ("in_flight", 0, 1024), ("max_graphs", 1, 65536)):
+        for name, low, high in (
+            ("prefetch", 0, 1024),
+            ("in_flight", 0, 1024),
+            ("max_graphs", 1, 65536),
+            ("verify_graphs", 0, 65536),
+        ):
             _check_range(name, getattr(self, name), low, high)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -37,9 +38,11 @@ class PendingOutput:
         elif not all(tensor.is_inference() for tensor in tensors):
             # Nothing that was computed just now: a buffer or a weight, which a later step may overwrite.
             self._output = apply_to_collection(output, Tensor, _own)
-        self._fetch = fetch and device.type == _habana.DEVICE_TYPE
+        self._fetch = (
+            fetch and device.type == _habana.DEVICE_TYPE and any(t.device.type == device.type for t in tensors)
+        )
         self._event = None
-        if device.type == _habana.DEVICE_TYPE and not (fetch and any(t.device.type == device.type for t in tensors)):
+        if device.type == _habana.DEVICE_TYPE and not self._fetch:
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
 
@@ -56,7 +59,13 @@ class PendingOutput:
             )
         if self._event is not None:
             self._event.synchronize()
-        return move_data_to_device(self._output, _HOST) if self._fetch else self._output
+        if not self._fetch:
+            return self._output
+        try:
+            return move_data_to_device(self._output, _HOST)
+        except (ValueError, MisconfigurationException):
+            # A frozen dataclass cannot be moved. Hooks get it as stock Lightning's do; storing it raises there too.
+            return self._output
 
 
 def _own(tensor: Tensor) -> Tensor:

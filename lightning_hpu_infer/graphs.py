@@ -1,7 +1,6 @@
-"""HPU graphs around the networks that a step calls: found, captured once per input signature, replayed."""
+"""HPU graphs around the networks that a step calls: found, captured once per input signature, checked, replayed."""
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,14 +9,17 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.watch import HostReads, outermost_calls
 
 # Python values that mean the same in every call with an equal key.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+# How far a replay may be from the plain forward, relative to the largest value: rounding, not a wrong result.
+_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-3}
 
 
 class NotCapturable(Exception):
@@ -64,11 +66,11 @@ def _describe(leaf: object) -> object:
             # Its copy to the device would not be part of the graph: every replay would see the first value.
             raise NotCapturable(f"it is given a tensor on {leaf.device}; give it tensors on the device")
         return leaf.shape, leaf.dtype, leaf.stride()
+    if isinstance(leaf, float | complex):
+        return type(leaf), repr(leaf)  # 0.0 and -0.0 are equal, nan is not even equal to itself
     if isinstance(leaf, _CONSTANTS):
         return type(leaf), leaf
-    raise NotCapturable(
-        f"it is given a {type(leaf).__name__}, which may change unseen; give it tensors or plain values"
-    )
+    raise NotCapturable(f"it is given a {type(leaf).__name__}, which may change unseen; give it tensors or constants")
 
 
 class _FlatForward:
@@ -89,7 +91,13 @@ class _FlatForward:
             if not (leaf is None or isinstance(leaf, str | Tensor)):
                 raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph would repeat for every batch")
         self.output_constants, self.output_places = _without_tensors(outputs)
-        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+        given = {_describe(tensor) for tensor in tensors}
+        # A replay refreshes only what the graph computes: an input that is handed back would stay the first one.
+        return [
+            leaf.clone() if _habana.is_view(leaf) or _describe(leaf) in given else leaf
+            for leaf in outputs
+            if isinstance(leaf, Tensor)
+        ]
 
 
 def _without_tensors(leaves: list[Any]) -> tuple[list[Any], list[int]]:
@@ -107,53 +115,113 @@ def _with_tensors(constants: list[Any], places: list[int], tensors: Iterable[Ten
 class _Graph:
     """One captured call. The first `__call__` captures and runs it, later ones replay it."""
 
-    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any], verify: int) -> None:
         # Not a method of this object: a reference cycle would leave the graph to the garbage collector.
         self._flat = _FlatForward(forward, key, leaves)
         self._places = self._flat._places
         self._run = _habana.graphed(self._flat)
+        self.captured = False
+        self.to_verify = verify + 1 if verify else 0
+        """Calls still to be compared with the plain forward: the capturing one, and the first replays."""
 
     def __call__(self, leaves: list[Any]) -> Any:
         flat = self._flat
-        outputs = self._run(*(leaves[place] for place in self._places))
+        outputs = self._run(*_independent(leaves[place] for place in self._places))
         # The next replay overwrites the graph's tensors, and whoever called the network may keep what it got.
         owned = (tensor.clone() for tensor in outputs)
         return tree_unflatten(_with_tensors(flat.output_constants, flat.output_places, owned), flat.output_structure)
 
 
+def _independent(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors that cannot be each other's aliases and are no views.
+
+    The bridge matches a graph's inputs by tensor: one that is given twice becomes one input, and a view becomes a
+    static input that later calls overwrite, together with what it shows (bridge `hpu/graphs.py`, `replayV3`). Equal
+    layouts are the only way for two tensors that are no views to be the same memory.
+    """
+    seen: set[object] = set()
+    independent = []
+    for tensor in tensors:
+        layout = _describe(tensor)
+        independent.append(tensor.clone() if layout in seen or _habana.is_view(tensor) else tensor)
+        seen.add(layout)
+    return independent
+
+
 class GraphedForward:
-    """Stands in for a module's `forward`: one graph per `GraphKey`, the plain forward where a graph will not do."""
+    """Stands in for a module's `forward`: one graph per `GraphKey`, the plain forward where a graph will not do.
+
+    The first call with a new key runs plainly and is watched; it also fills caches that the network grows lazily. The
+    second captures. It and the first replays are compared with the plain forward on the same inputs.
+    """
 
     _capturing = False  # A graph inside a graph is refused by the bridge: the inner network is part of the outer.
 
-    def __init__(self, module: nn.Module, name: str, max_graphs: int) -> None:
+    def __init__(self, module: nn.Module, name: str, config: InferenceConfig) -> None:
         self._module = module
         self._name = name
         self._forward = module.forward
-        self._max_graphs = max_graphs
-        self._graphs: dict[GraphKey, _Graph] = {}
-        self._enabled = True
+        self._config = config
+        self._graphs: dict[GraphKey, _Graph | None] = {}
+        """None where a graph would be wrong."""
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; the result is the caller's own."""
-        if not self._enabled or GraphedForward._capturing:
+        if GraphedForward._capturing or torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         try:
             key, leaves = GraphKey.of(self._module, args, kwargs)
         except NotCapturable as reason:
             self._warn(str(reason))
             return self._forward(*args, **kwargs)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            return graph(leaves)
-        if len(self._graphs) >= self._max_graphs:
-            self._warn(f"it has {self._max_graphs} graphs already and saw a new input signature; raise `max_graphs`")
+        if key not in self._graphs:
+            return self._watched_call(key, leaves, args, kwargs)
+        graph = self._graphs[key]
+        if graph is None:
             return self._forward(*args, **kwargs)
-        return self._first_call(key, leaves, args, kwargs)
+        if graph.captured and not graph.to_verify:
+            return graph(leaves)
+        return self._checked_call(graph, key, leaves, args, kwargs)
 
-    def _first_call(self, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        graph = _Graph(self._forward, key, leaves)
+    def _watched_call(self, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run plainly, and find out whether a graph would do the same."""
+        if len(self._graphs) >= self._config.max_graphs:
+            self._warn(
+                f"it has {self._config.max_graphs} graphs already and saw a new input signature; raise `max_graphs`"
+            )
+            return self._forward(*args, **kwargs)
+        with HostReads(leaves) as reads:
+            output = self._forward(*args, **kwargs)
+        reason = reads.found or _unfit(self._module)
+        if reason:
+            self._warn(reason)
+        self._graphs[key] = None if reason else _Graph(self._forward, key, leaves, self._config.verify_graphs)
+        return output
+
+    def _checked_call(
+        self, graph: _Graph, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Capture or replay, and compare with the plain forward while there is something to verify."""
+        expected = self._forward(*args, **kwargs) if graph.to_verify else None
+        output, reason = (graph(leaves), "") if graph.captured else self._capture(graph, leaves)
+        if not reason and graph.to_verify:
+            graph.to_verify -= 1
+            if difference := _difference(output, expected):
+                reason = (
+                    f"a replay differs from the plain forward ({difference}). It may read a Python value that changes,"
+                    " or draw random numbers; a graph would repeat those of the call that was captured"
+                )
+            output = expected
+        if not reason:
+            return output
+        self._graphs[key] = None
+        self._warn(reason)
+        # An error of the network itself is raised again by this call, and so reaches the user as it is.
+        return expected if expected is not None else self._forward(*args, **kwargs)
+
+    def _capture(self, graph: _Graph, leaves: list[Any]) -> tuple[Any, str]:
+        """The output of the capturing call, or why there is none."""
         GraphedForward._capturing = True
         try:
             with _habana.capture_undisturbed():
@@ -162,21 +230,49 @@ class GraphedForward:
             _habana.reset_capture(error)
             if not isinstance(error, Exception):
                 raise
-            failure = f"{type(error).__name__}: {error}"
-        else:
-            self._graphs[key] = graph
-            return output
+            return None, f"capturing it failed ({type(error).__name__}: {error})"
         finally:
             GraphedForward._capturing = False
-        self._enabled = False
-        self._warn(f"capturing it failed ({failure})")
-        # An error of the network itself is raised again by this call, and so reaches the user as it is.
-        return self._forward(*args, **kwargs)
+        graph.captured = True
+        return output, ""
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
             rank_zero_warn(f"The network `{self._name}` runs without an HPU graph: {reason}.")
+
+
+def _unfit(module: nn.Module) -> str:
+    """Why a module must not be captured, by its looks."""
+    for name, child in module.named_modules():
+        hooks = [*child._forward_hooks.values(), *child._forward_pre_hooks.values()]
+        # In lazy mode the bridge puts hooks of its own on every module (bridge `torch_overwrites.py`).
+        own = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("habana_frameworks")]
+        if name and own:
+            return f"its part `{name}` has forward hooks, which a replay would not call; remove them"
+    return ""
+
+
+def _difference(output: Any, expected: Any) -> str:
+    """How two results differ, or nothing. Waits for the device."""
+    (leaves, structure), (others, other_structure) = tree_flatten(output), tree_flatten(expected)
+    if structure != other_structure:
+        return "its structure changes"
+    for one, other in zip(leaves, others, strict=True):
+        if not isinstance(one, Tensor):
+            if one != other:
+                return f"{one!r} instead of {other!r}"
+            continue
+        one, other = one.cpu(), other.cpu()
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"{one.dtype}{list(one.shape)} instead of {other.dtype}{list(other.shape)}"
+        tolerance = _TOLERANCES.get(one.dtype, 0.0)
+        one, other = one.double(), other.double()
+        finite = other[other.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
+            return f"largest difference {float((one - other).abs().max()):.3g}, largest value {scale:.3g}"
+    return ""
 
 
 class NetworkGraphs:
@@ -187,12 +283,12 @@ class NetworkGraphs:
 
     Args:
         root: The module whose step is run; it names the networks in messages.
-        max_graphs: Graphs per network.
+        config: `max_graphs` and `verify_graphs` are used.
     """
 
-    def __init__(self, root: nn.Module, max_graphs: int) -> None:
+    def __init__(self, root: nn.Module, config: InferenceConfig) -> None:
         self._root = root
-        self._max_graphs = max_graphs
+        self._config = config
         self._networks: list[nn.Module] | None = None
         self._shadowed: list[tuple[nn.Module, object]] = []
 
@@ -202,7 +298,7 @@ class NetworkGraphs:
         if self._networks is not None:
             yield
             return
-        with _outermost_calls() as called:
+        with outermost_calls() as called:
             yield
         self._networks = _networks(called)
         if not self._networks:
@@ -225,12 +321,15 @@ class NetworkGraphs:
         self._networks = None
 
     def _wrap(self, module: nn.Module, name: str) -> None:
-        graphed = GraphedForward(module, name, self._max_graphs)
+        if hasattr(module.forward, "hpu_infer_graphed"):
+            raise RuntimeError(f"`{name}` is in use by another pipeline already. Close that one first.")
+        graphed = GraphedForward(module, name, self._config)
 
         @functools.wraps(module.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return graphed(*args, **kwargs)
 
+        vars(forward)["hpu_infer_graphed"] = True
         self._shadowed.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 
@@ -244,33 +343,3 @@ def _networks(called: list[nn.Module]) -> list[nn.Module]:
         # A metric keeps its state in Python, which a replay would not update.
         if module not in inner and not isinstance(module, Metric) and any(True for _ in module.parameters())
     ]
-
-
-@contextmanager
-def _outermost_calls() -> Iterator[list[nn.Module]]:
-    """Collects the modules that this thread calls, without those that they call in turn."""
-    called: list[nn.Module] = []
-    thread = threading.get_ident()
-    depth = 0
-
-    def enter(module: nn.Module, _: object) -> None:
-        nonlocal depth
-        if threading.get_ident() == thread:
-            if depth == 0:
-                called.append(module)
-            depth += 1
-
-    def leave(*_: object) -> None:
-        nonlocal depth
-        if threading.get_ident() == thread:
-            depth -= 1
-
-    handles = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 Hook = Callable[..., Any]
@@ -36,8 +36,8 @@ class BatchHooks:
     """The strategy's `batch_to_device`: `(batch, dataloader_idx) -> batch`."""
     step: Hook
     """The strategy's `predict_step`: `(batch, batch_idx[, dataloader_idx]) -> output`."""
-    end_is_overridden: bool
-    """Whether any end hook could read an output."""
+    end_reads_outputs: bool
+    """Whether any end hook could read an output. Lightning's own progress bars do not."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -45,7 +45,10 @@ class BatchHooks:
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
         self.start = self._batch_hook("on_predict_batch_start")
         self.end = self._batch_hook("on_predict_batch_end")
-        self.end_is_overridden = any(is_overridden("on_predict_batch_end", listener) for listener in self._listeners())
+        self.end_reads_outputs = any(
+            not _is_stock("on_predict_batch_end", listener) and not _is_lightnings_bar(listener)
+            for listener in self._listeners()
+        )
         self.before_transfer = self._data_hook("on_before_batch_transfer", named=False)
         self.to_device = self._to_device()
         self.step = self._step()
@@ -56,7 +59,7 @@ class BatchHooks:
     def _batch_hook(self, name: str) -> Hook:
         calls = []
         for listener in self._listeners():
-            if self._profiler is None and not is_overridden(name, listener):
+            if self._profiler is None and _is_stock(name, listener):
                 continue
             hook, span = getattr(listener, name), f"[LightningModule]{type(listener).__name__}.{name}"
             if listener is not self._module:
@@ -100,7 +103,7 @@ class BatchHooks:
     def _data_hook(self, name: str, *, named: bool = True) -> Hook:
         """A hook that belongs to the module unless the datamodule overrides it."""
         owner = self._trainer._data_connector._datahook_selector.get_instance(name)
-        if self._profiler is None and name != "transfer_batch_to_device" and not is_overridden(name, owner):
+        if self._profiler is None and name != "transfer_batch_to_device" and _is_stock(name, owner):
             return _unchanged
         kind = "LightningModule" if owner is self._module else "LightningDataModule"
         hook = self._spanned(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
@@ -128,6 +131,16 @@ class BatchHooks:
             return output
 
         return call
+
+
+def _is_stock(name: str, owner: object) -> bool:
+    """Whether a hook is Lightning's own, which does nothing. Whatever else it is, it is called."""
+    function = getattr(getattr(owner, name), "__func__", None)
+    return any(function is getattr(base, name, owner) for base in (Callback, LightningModule, LightningDataModule))
+
+
+def _is_lightnings_bar(listener: object) -> bool:
+    return isinstance(listener, ProgressBar) and type(listener).__module__.startswith("lightning.")
 
 
 def _unchanged(batch: Any, dataloader_idx: int) -> Any:

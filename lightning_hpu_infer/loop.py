@@ -1,7 +1,7 @@
 """The Lightning side of pipelined prediction: hooks and bookkeeping around the engine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.utilities import _no_grad_context
+from torch.utils.data import DataLoader, default_convert
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
@@ -18,7 +19,7 @@ from lightning_hpu_infer.fetch import PendingOutput
 from lightning_hpu_infer.hooks import BatchHooks, pulls_batches
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.transfer import stage
+from lightning_hpu_infer.transfer import own, stage
 
 _HOST = torch.device("cpu")
 
@@ -51,6 +52,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     config: InferenceConfig
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
+    _combined_loader: Any
 
     @classmethod
     def take_over(cls, loop: _PredictionLoop, config: InferenceConfig) -> None:
@@ -84,8 +86,10 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self._hooks = BatchHooks(self.trainer)
         in_flight = InFlight(self._launch, self.config.in_flight)
         try:
-            self._launch_all(in_flight)
-            self._drain(in_flight)
+            # Stock Lightning ends a run quietly too when a step or a hook raises it.
+            with suppress(StopIteration):
+                self._launch_all(in_flight)
+                self._drain(in_flight)
         finally:
             self._restarting = False
             # An error's traceback holds this frame and so this object; what was in flight must not live as long.
@@ -98,8 +102,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         loader = 0
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-        with Prefetcher(self._prepared_batches(), self.config.prefetch, mode) as prepared:
-            for item in prepared:
+        with Prefetcher(self._prepared_batches(), self._depth(), mode) as prepared:
+            while (item := self._next(prepared, in_flight)) is not None:
                 if item.dataloader_idx != loader:
                     # Progress bars start anew with a loader's first start hook.
                     self._drain(in_flight)
@@ -107,9 +111,27 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 try:
                     in_flight.launch(item)
                 except StopIteration:
-                    return  # Stock Lightning ends the run quietly too when a step raises it.
+                    return
                 if in_flight.overdue:
                     self._retire(*in_flight.retire())
+
+    def _next(self, prepared: Iterator[_Batch], in_flight: InFlight[_Batch]) -> _Batch | None:
+        try:
+            return next(prepared, None)
+        except Exception:
+            # In stock Lightning the batches before the faulty one are finished by then.
+            self._drain(in_flight)
+            raise
+
+    def _depth(self) -> int:
+        """Batches to prepare ahead: none where the step changes torch's default dtype, which is process-wide.
+
+        Lightning does so for true half and double precision (`plugins/precision/half.py`); a dataset in a thread
+        would make tensors of that dtype or not, by chance.
+        """
+        before = torch.get_default_dtype()
+        with self.trainer.precision_plugin.predict_step_context():
+            return self.config.prefetch if torch.get_default_dtype() == before else 0
 
     def _drain(self, in_flight: InFlight[_Batch]) -> None:
         while in_flight:
@@ -119,11 +141,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
         trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
         assert fetcher is not None
-        stages = self._stages
+        stages, owns = self._stages, [_may_reuse_memory(loader) for loader in self._combined_loader.flattened]
 
         def prepare(fetched: tuple[Any, int, int]) -> _Batch:
             batch, batch_idx, dataloader_idx = fetched
             is_last = fetcher.done
+            if owns[dataloader_idx]:
+                batch = own(batch)
             batch = hooks.before_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx)
             return _Batch(stage(batch) if stages else batch, batch_idx, dataloader_idx, is_last)
 
@@ -154,7 +178,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._end(item, output)
             return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store)
         item.moment = self._moment()
-        return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store or hooks.end_is_overridden)
+        return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store or hooks.end_reads_outputs)
 
     def _retire(self, item: _Batch, output: Any) -> None:
         """Finish the oldest batch, whose output has arrived."""
@@ -223,3 +247,8 @@ _FETCH_SPAN = f"[{_PredictionLoop.__name__}].predict_next"
 
 def _counts(tracker: _ProcessedTracker) -> tuple[int, int, int]:
     return tracker.ready, tracker.started, tracker.processed
+
+
+def _may_reuse_memory(loader: object) -> bool:
+    """Whether a loader may hand out the same memory for every batch; a `DataLoader` that collates makes new tensors."""
+    return not isinstance(loader, DataLoader) or loader.collate_fn is default_convert

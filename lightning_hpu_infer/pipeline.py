@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -14,7 +15,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput
 from lightning_hpu_infer.graphs import NetworkGraphs
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.transfer import stage, to_device
+from lightning_hpu_infer.transfer import stage
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class DeviceStep:
         step: What to call per batch.
         root: The module whose networks the step calls.
         device: Where the step runs. Anywhere but on an HPU the step is just called.
-        config: `hpu_graphs` and `max_graphs` are used.
+        config: `hpu_graphs`, `max_graphs` and `verify_graphs` are used.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class DeviceStep:
         self._graphs = None
         if self._on_hpu and config.hpu_graphs:
             if _habana.is_lazy():
-                self._graphs = NetworkGraphs(root, config.max_graphs)
+                self._graphs = NetworkGraphs(root, config)
             else:
                 # In eager mode the bridge captures nothing and would return the first batch's outputs for ever.
                 rank_zero_warn(
@@ -127,7 +128,9 @@ class InferencePipeline:
         self.config = config if config is not None else InferenceConfig()
         self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         self._step = DeviceStep(model.eval().to(self.device), model, self.device, self.config)
-        self._in_flight = InFlight(self._launch, self.config.in_flight if self.config.pipelining else 0)
+        self._depth = self.config.in_flight if self.config.pipelining else 0
+        self._pushed = InFlight(self._launch, self._depth)
+        self._closed = False
 
     def __enter__(self) -> "InferencePipeline":
         return self
@@ -136,20 +139,21 @@ class InferencePipeline:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._in_flight)
-
-    def clear(self) -> None:
-        """Forget what is in flight, as after an error."""
-        self._in_flight.clear()
+        return len(self._pushed)
 
     def close(self) -> None:
-        """Forget what is in flight, release the graphs and give the model its own `forward` back."""
-        self.clear()
+        """Forget what was pushed, release the graphs and give the model its own `forward` back."""
+        self._closed = True
+        self._pushed.clear()
         self._step.close()
 
     def push(self, batch: Any) -> None:
-        """Launch a batch of host tensors. Does not wait for the device."""
-        self._in_flight.launch(self._prepare(batch))
+        """Launch a batch of host tensors. Does not wait for the device.
+
+        Raises:
+            RuntimeError: If the pipeline is closed.
+        """
+        self._pushed.launch(self._prepare(batch))
 
     def pop(self) -> Any:
         """Wait for the oldest batch pushed and return its output with host tensors.
@@ -157,23 +161,35 @@ class InferencePipeline:
         Raises:
             IndexError: If every batch pushed was popped.
         """
-        with torch.inference_mode():
-            return self._in_flight.retire()[1]
+        return self._retire(self._pushed)
 
     def predict(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Outputs of `batches` in order, with host tensors. Later batches are prepared and launched meanwhile."""
-        depth = self.config.prefetch if self.config.pipelining else 0
-        with Prefetcher(map(self._prepare, batches), depth, torch.inference_mode) as prepared:
+        """Outputs of `batches` in order, with host tensors. Later batches are prepared and launched meanwhile.
+
+        Batches that were pushed by hand are not among them.
+
+        Raises:
+            RuntimeError: If the pipeline is closed.
+        """
+        in_flight = InFlight(self._launch, self._depth)
+        ahead = self.config.prefetch if self.config.pipelining else 0
+        with Prefetcher(map(self._prepare, batches), ahead, torch.inference_mode) as prepared:
             for batch in prepared:
-                self._in_flight.launch(batch)
-                if self._in_flight.overdue:
-                    yield self.pop()
-        while self._in_flight:
-            yield self.pop()
+                in_flight.launch(batch)
+                if in_flight.overdue:
+                    yield self._retire(in_flight)
+        while in_flight:
+            yield self._retire(in_flight)
 
     def _prepare(self, batch: Any) -> Any:
         return stage(batch) if self.config.async_copy and self.device.type == _habana.DEVICE_TYPE else batch
 
     def _launch(self, batch: Any) -> PendingOutput:
+        if self._closed:
+            raise RuntimeError("This pipeline is closed: make another one.")
         with torch.inference_mode():
-            return PendingOutput(self._step(to_device(batch, self.device)), self.device)
+            return PendingOutput(self._step(move_data_to_device(batch, self.device)), self.device)
+
+    def _retire(self, in_flight: InFlight[Any]) -> Any:
+        with torch.inference_mode():
+            return in_flight.retire()[1]

@@ -3,11 +3,16 @@
 from collections import UserDict
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.apply_func import _TransferableDataType
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, device
+from torch import Tensor
 
 from lightning_hpu_infer import _habana
+
+
+def own(batch: Any) -> Any:
+    """Copy the tensors of a batch whose memory its loader may fill again for a later one."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)
 
 
 def stage(batch: Any) -> Any:
@@ -22,7 +27,7 @@ def stage(batch: Any) -> Any:
         batch: Any collection of host tensors of any shape and dtype. Tensors that are pinned, sparse, or of a dtype
             that the bridge converts on the host, and objects with a `.to` of their own, stay as they are.
     """
-    return apply_to_collection(batch, (Tensor, UserDict), _stage_leaf)
+    return apply_to_collection(batch, (Tensor, UserDict, _TransferableDataType), _stage_leaf)
 
 
 def _stage_leaf(data: Any) -> Any:
@@ -30,11 +35,12 @@ def _stage_leaf(data: Any) -> Any:
         # As `BatchEncoding.to` does: rebuilding it from its items would lose its other attributes.
         data.data = stage(data.data)
         return data
-    if data.device.type != "cpu" or data.is_sparse or not data.numel() or _habana.cast_on_host(data.dtype):
+    if (
+        not isinstance(data, Tensor)
+        or data.device.type != "cpu"
+        or data.is_sparse
+        or not data.numel()
+        or _habana.cast_on_host(data.dtype)
+    ):
         return data
     return data.pin_memory(_habana.DEVICE_TYPE)
-
-
-def to_device(batch: Any, target: device) -> Any:
-    """Issue the copies of a batch to the device and return at once; the device runs what depends on them later."""
-    return move_data_to_device(batch, target)

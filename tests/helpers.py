@@ -1,5 +1,6 @@
 """Models, data and recorders that the tests share."""
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,9 @@ def rows(length: int = 10, batch_size: int = 2) -> DataLoader[Tensor]:
 
 
 def trainer(accelerator: Any, callbacks: Sequence[Callback] = (), **kwargs: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    # Some callbacks leave files where the trainer is at home.
+    quiet["default_root_dir"] = tempfile.gettempdir()
     return Trainer(accelerator=accelerator, logger=False, callbacks=list(callbacks), **(quiet | kwargs))
 
 

@@ -68,7 +68,7 @@ def test_the_explicit_strategy_needs_the_accelerator() -> None:
         Trainer(accelerator="cpu", strategy="hpu_infer", logger=False)
 
 
-@pytest.mark.parametrize("devices", [0, -1, [], "many"])
+@pytest.mark.parametrize("devices", [0, -1, [], [3], True, "many"])
 def test_a_wrong_number_of_devices_is_refused(devices: Any) -> None:
     with pytest.raises(MisconfigurationException, match="devices"):
         Trainer(accelerator=HPUInferenceAccelerator(), devices=devices, logger=False)

@@ -73,7 +73,6 @@ def test_an_error_of_the_batches_surfaces_and_the_pipeline_goes_on() -> None:
     with InferencePipeline(Net().net) as pipeline:
         with pytest.raises(Broken):
             list(pipeline.predict(faulty()))
-        pipeline.clear()
         assert_equal(list(pipeline.predict(batches())), expected())
 
 
@@ -97,3 +96,48 @@ def test_rule_3_a_popped_output_is_not_overwritten(device: str) -> None:
         assert_equal([output["scores"] for output in pipeline.predict(batches())], expected())
         if device == "emulator":
             assert emulator.stats().captures == 1
+
+
+def test_outputs_of_one_run_do_not_reach_the_next() -> None:
+    def faulty() -> Any:
+        yield from batches(3)
+        raise Broken("batch 3")
+
+    with InferencePipeline(Net().net, config=InferenceConfig(in_flight=2)) as pipeline:
+        outputs = pipeline.predict(batches())
+        next(outputs)
+        outputs.close()  # type: ignore[attr-defined]
+        assert_equal(list(pipeline.predict(batches(3))), expected(3))
+        with pytest.raises(Broken):
+            list(pipeline.predict(faulty()))
+        assert_equal(list(pipeline.predict(batches(3))), expected(3))
+
+
+def test_predict_and_push_do_not_mix() -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        pipeline.push(batches()[3])
+        assert_equal(list(pipeline.predict(batches(3))), expected(3))
+        assert_equal(pipeline.pop(), expected()[3])
+
+
+def test_a_closed_pipeline_says_so() -> None:
+    net = Net().net
+    pipeline = InferencePipeline(net)
+    outputs = pipeline.predict(batches())
+    next(outputs)
+    pipeline.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(outputs)
+    with pytest.raises(RuntimeError, match="closed"):
+        pipeline.push(batches()[0])
+    assert "forward" not in vars(net)
+
+
+def test_two_pipelines_on_one_model_are_refused(device: str) -> None:
+    net = Net().net
+    with InferencePipeline(net) as first, InferencePipeline(net) as second:
+        list(first.predict(batches(3)))
+        if device == "emulator":
+            with pytest.raises(RuntimeError, match="in use by another pipeline"):
+                list(second.predict(batches(3)))
+    assert "forward" not in vars(net)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from lightning_hpu_infer import emulator
-from lightning_hpu_infer.transfer import stage, to_device
+from lightning_hpu_infer.transfer import stage
 from tests.helpers import assert_equal
 
 HPU = torch.device("hpu", 0)
@@ -37,7 +37,7 @@ def test_a_tensor_is_staged_in_pinned_memory_unchanged(tensor: Tensor) -> None:
     assert pinned(staged)
     assert staged.data_ptr() != tensor.data_ptr()
     assert_equal(staged, tensor)
-    assert_equal(to_device(staged, HPU).cpu(), tensor)
+    assert_equal(staged.to(HPU, non_blocking=True).cpu(), tensor)
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_rule_8_a_staging_buffer_is_not_reused_before_its_copy_is_done() -> None
     tensors = [torch.full((1000,), float(i)) for i in range(20)]
     with emulator.paused("h2d"):
         # All copies are issued, none has run; each buffer is dropped by us at once.
-        copies = [to_device(stage(tensor), HPU) for tensor in tensors]
+        copies = [stage(tensor).to(HPU, non_blocking=True) for tensor in tensors]
     assert_equal([copy.cpu() for copy in copies], tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, cast
@@ -227,7 +226,7 @@ def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload
         value = torch.device("cpu")
     key.append(kind)
     # 0.0 and -0.0 are equal, and the plan holds the value itself.
-    key.append(value if kind is not float or value else math.copysign(1.0, value))
+    key.append(value if kind is not float or value else repr(value))
     return value
 
 

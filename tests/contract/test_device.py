@@ -156,3 +156,9 @@ def test_errors_of_the_device_reach_the_host_and_the_device_survives() -> None:
     with pytest.raises((IndexError, RuntimeError), match="index out of range"):
         bad.cpu()
     assert table.sum().item() == 4.0
+
+
+def test_scalars_of_a_repeated_op_are_told_apart() -> None:
+    x = torch.ones(2).to("hpu")
+    for scalar in (0.0, 1.0, -0.0, -1.0, 0, 1, True, False):
+        torch.testing.assert_close((x * scalar).cpu(), torch.ones(2) * scalar)
