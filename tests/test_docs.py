@@ -63,7 +63,7 @@ def test_only_one_module_imports_habana_frameworks() -> None:
 
 # Who may be imported by whom: each module only from those before it.
 ORDER = [
-    {"config", "_habana", "hooks"},
+    {"config", "_habana", "hooks", "watch"},
     {"prefetch", "transfer", "graphs", "fetch"},
     {"pipeline"},
     {"loop"},
