@@ -89,3 +89,10 @@ def test_the_emulator_imports_nothing_from_its_parent() -> None:
     for path in (ROOT / "lightning_hpu_infer" / "emulator").rglob("*.py"):
         for module in re.findall(r"^\s*(?:from|import) (lightning_hpu_infer[\w.]*)", path.read_text(), re.MULTILINE):
             assert module.startswith("lightning_hpu_infer.emulator"), (path, module)
+
+
+def test_every_test_that_the_parity_table_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "parity.md").read_text())
+    assert len(named) > 30
+    for file, function in named:
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), (file, function)

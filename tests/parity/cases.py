@@ -1,5 +1,6 @@
 """What users bring to `trainer.predict`: each function makes one case, with fresh objects."""
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -706,6 +707,29 @@ def bad_collate(rows: list[Tensor]) -> Tensor:
 @case
 def a_fault_in_collate() -> Case:
     return Case(Net(), items(lambda x, i: x, 12, collate_fn=bad_collate))
+
+
+@case
+def a_fault_in_a_worker_process() -> Case:
+    return Case(Net(), items(bad_row, 12, num_workers=1))
+
+
+def terminate(m: Net, x: Tensor, i: int) -> Tensor:
+    if i == 2:
+        signal.raise_signal(signal.SIGTERM)
+    return m.net(x)
+
+
+@case
+def sigterm_in_the_middle() -> Case:
+    return Case(Stepped(terminate), rows(12, 2))
+
+
+@case
+def a_fault_in_a_transfer_hook() -> Case:
+    module = Transfers()
+    module.on_after_batch_transfer = lambda batch, dataloader_idx: bad_row(batch, int(batch[0, 0]))  # type: ignore
+    return Case(module, rows(16, 2))
 
 
 class BadCallback(Callback):
