@@ -212,6 +212,18 @@ def test_rule_7_views_given_to_a_network_do_not_let_it_overwrite_batches(step: C
     assert_equal(batches, list(rows(24, 2)))
 
 
+def test_rule_7_without_the_bridges_word_every_tensor_counts_as_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    from habana_frameworks.torch import _hpu_C
+
+    from lightning_hpu_infer import _habana
+
+    x = torch.ones(2).to("hpu")
+    assert not _habana.is_view(x)
+    assert _habana.is_view(x[1:])
+    monkeypatch.delattr(_hpu_C, "get_view_hash")
+    assert _habana.is_view(x)
+
+
 def test_rule_4_one_bridge_graph_per_key_whatever_the_views_offset() -> None:
     step = lambda n, x, i: n(x[:, i : i + 4])  # noqa: E731
     wide = torch.arange(24 * 30.0).reshape(24, 30) / 100
