@@ -19,8 +19,8 @@ def _no_leaks() -> Iterator[None]:
 
 def _surroundings() -> tuple[set[str], dict[str, str], bool]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    # A DataLoader's feeder threads live until its iterator is collected, on stock Lightning too.
-    threads = {thread.name for thread in threading.enumerate()} - {"QueueFeederThread"}
+    # Not ours: a DataLoader's feeder thread lives until its iterator is collected, tqdm's monitor for ever.
+    threads = {thread.name for thread in threading.enumerate()} - {"QueueFeederThread", "tqdm_monitor"}
     return threads, environment, emulator.is_installed()
 
 

@@ -40,7 +40,7 @@ def main(folder: Path, device: str, strategy: str, devices: int, fault: bool) ->
         enable_checkpointing=False,
     )
     module: LightningModule = Faulty() if fault else Net()
-    predictions: Any = trainer.predict(module, DataLoader(Rows(11), 2))
+    predictions: Any = trainer.predict(module, DataLoader(Rows(23), 2))
     stats = emulator.stats() if device == "emulator" else None
     result = {
         "indices": [indices for _, _, indices, _ in writer.batches],
