@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
@@ -630,6 +631,12 @@ def double_precision() -> Case:
 @case
 def a_profiler() -> Case:
     return Case(Net(), rows(9, 2), trainer={"profiler": "simple"})
+
+
+@case
+def a_pytorch_profiler() -> Case:
+    profiler = PyTorchProfiler(dirpath=tempfile.gettempdir(), filename="profile", export_to_chrome=False)
+    return Case(Net(), rows(9, 2), trainer={"profiler": profiler})
 
 
 def predict_first(trainer: Trainer, case: Case) -> None:
