@@ -29,7 +29,7 @@ unit: $(STAMP)
 smoke: PYTEST_OPTIONS := -m smoke
 smoke matrix: $(LIGHTNINGS:%=.matrix/%)
 	set -e; for version in $(LIGHTNINGS); do \
-		echo "Lightning $$version"; EXPECTED_LIGHTNING=$$version PYTHONPATH=.matrix/$$version \
+		echo "Lightning $$version"; EXPECTED_LIGHTNING=$$version PYTHONPATH=$(CURDIR)/.matrix/$$version \
 		$(BIN)/python -m pytest -W ignore -q $(PYTEST_OPTIONS); done
 
 .matrix/%: $(STAMP)

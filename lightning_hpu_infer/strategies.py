@@ -130,6 +130,7 @@ def register() -> None:
             StrategyRegistry.register(strategy.strategy_name, strategy, description=description)
     if not hasattr(_AcceleratorConnector._choose_strategy, "__wrapped__"):
         _AcceleratorConnector._choose_strategy = _choosing_ours(_AcceleratorConnector._choose_strategy)  # type: ignore[method-assign]
+        _AcceleratorConnector._lazy_init_strategy = _pairing(_AcceleratorConnector._lazy_init_strategy)  # type: ignore[method-assign]
 
 
 def _choosing_ours(stock: Any) -> Any:
@@ -149,3 +150,29 @@ def _choosing_ours(stock: Any) -> Any:
         return HPUInferenceStrategy()
 
     return choose
+
+
+def _pairing(stock: Any) -> Any:
+    """Make other DDP strategies work with our accelerator on HPUs, or refuse them.
+
+    lightning-habana's bring up `hccl` themselves, but Lightning 2.5.5 binds their process group to a device id (see
+    `HPUInferenceDDPStrategy.setup_distributed`). Others never bring it up.
+    """
+
+    @functools.wraps(stock)
+    def pair(connector: Any) -> None:
+        stock(connector)
+        strategy = connector.strategy
+        foreign = isinstance(strategy, DDPStrategy) and not isinstance(strategy, HPUInferenceDDPStrategy)
+        if not (foreign and isinstance(connector.accelerator, HPUInferenceAccelerator)):
+            return
+        if strategy.root_device.type != _habana.DEVICE_TYPE:
+            return
+        if strategy.process_group_backend is None:
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} does not set up the backend `hccl`. With HPUInferenceAccelerator pass"
+                f" `strategy='auto'` or `strategy={HPUInferenceDDPStrategy.strategy_name!r}`."
+            )
+        strategy.setup_distributed = functools.partial(HPUInferenceDDPStrategy.setup_distributed, strategy)
+
+    return pair

@@ -74,6 +74,12 @@ def test_a_wrong_number_of_devices_is_refused(devices: Any) -> None:
         Trainer(accelerator=HPUInferenceAccelerator(), devices=devices, logger=False)
 
 
+@pytest.mark.usefixtures("emulated")
+def test_lightnings_own_ddp_on_hpus_is_refused_with_the_reason() -> None:
+    with pytest.raises(MisconfigurationException, match=r"DDPStrategy does not set up the backend `hccl`.*'auto'"):
+        Trainer(accelerator=HPUInferenceAccelerator(), strategy="ddp", devices=2, logger=False)
+
+
 def test_a_strategy_on_another_device_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="runs on hpu or cpu, the strategy has meta"):
         predict(HPUInferenceAccelerator(), Net(), rows(), strategy=SingleDeviceStrategy("meta"))

@@ -150,3 +150,13 @@ def test_forking_is_fine_and_device_calls_in_the_child_are_not(emulated: None) -
 def test_paused_names_its_engines(emulated: None) -> None:
     with pytest.raises(ValueError, match="engine must be one of"), emulator.paused("gpu"):  # type: ignore[arg-type]
         pass
+
+
+def test_a_spawned_process_may_install_though_it_inherits_the_path(emulated: None) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from lightning_hpu_infer import emulator\n"
+        "emulator.install(); print(emulator.is_installed())"
+    )
+    bridge = next(folder for folder in sys.path if folder.endswith("bridge"))
+    run = subprocess.run([sys.executable, "-c", code, bridge], capture_output=True, text=True, timeout=100)
+    assert run.stdout.strip() == "True", run.stderr

@@ -12,6 +12,9 @@ from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
 from lightning.pytorch.loops.utilities import _no_grad_context
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+import lightning_hpu_infer  # noqa: F401 - it wraps what is looked at
 
 pytestmark = pytest.mark.smoke
 
@@ -49,6 +52,11 @@ def test_hooks_are_found_where_ours_looks_for_them() -> None:
     assert hasattr(
         Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)._data_connector, "_datahook_selector"
     )
+
+
+def test_the_connector_chooses_and_pairs_strategies_where_ours_listens() -> None:
+    for name in ("_choose_strategy", "_lazy_init_strategy"):
+        assert list(inspect.signature(getattr(_AcceleratorConnector, name).__wrapped__).parameters) == ["self"]
 
 
 def test_the_device_of_strategy_and_precision_can_be_set() -> None:

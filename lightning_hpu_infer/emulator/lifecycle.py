@@ -92,6 +92,8 @@ def install(config: EmulatorConfig | None = None) -> None:
             f"the HPU emulator is already installed with {_installation.config}, not {config};"
             " call emulator.uninstall() first"
         )
+    # A spawned process inherits its parent's sys.path, but not the emulator.
+    sys.path[:] = [folder for folder in sys.path if folder != _BRIDGE]
     found = importlib.util.find_spec(_PACKAGE)
     if found is not None:
         where = found.origin or next(iter(found.submodule_search_locations or ["unknown place"]))

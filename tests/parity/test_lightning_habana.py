@@ -267,11 +267,6 @@ def test_an_accelerator_in_both_places_is_refused(habana: Any) -> None:
 
 # Its strategies for several devices
 
-on_several_devices = pytest.mark.xfail(
-    Version("2.5.5") <= LIGHTNING,
-    reason="Lightning 2.5.5 binds the process group to a device id, which torch rejects for an emulated HPU",
-)
-
 
 def launch(folder: Path, *arguments: str) -> tuple[int, str]:
     """Run the script; returns exit code and output. Its whole process group is ended if it hangs."""
@@ -293,7 +288,6 @@ def launch(folder: Path, *arguments: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-@on_several_devices
 @pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
 def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) -> None:
     code, output = launch(tmp_path, strategy, "2")
@@ -306,7 +300,6 @@ def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) ->
     assert all(rank["replays"] > 0 for rank in ranks)
 
 
-@on_several_devices
 @pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
 def test_strategy_for_several_devices_on_one(strategy: str, tmp_path: Path) -> None:
     code, output = launch(tmp_path, strategy, "1")
