@@ -53,7 +53,9 @@ class SentenceEmbedder(LightningModule):
         self.encoder = AutoModel.from_pretrained(get_model_path())
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        states = self.encoder(**batch).last_hidden_state
+        # Four dimensions: of a mask with two, transformers reads `mask.all()`, which no graph can repeat.
+        attend = batch["attention_mask"][:, None, None, :].bool()
+        states = self.encoder(batch["input_ids"], attend, batch["token_type_ids"]).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
         return normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
