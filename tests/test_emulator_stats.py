@@ -141,20 +141,19 @@ def test_copies_take_their_bandwidth() -> None:
 
 
 def test_copies_and_programs_overlap() -> None:
-    with _installed(program_ms=30, h2d_gbps=0.1):
+    with _installed():
         x = torch.ones(2).to("hpu")
-        source = torch.ones(750_000).pin_memory("hpu")  # 30 ms
-        start = time.perf_counter()
-        for _ in range(5):
-            x = x + 1
+        source = torch.ones(1000).pin_memory("hpu")
+        with emulator.paused("compute"):
+            y = x + 1
             _mark_step()
-            source.to("hpu", non_blocking=True)
-        torch.get_device_module("hpu").synchronize()
-        assert 0.15 <= time.perf_counter() - start < 0.27
+            # Both copy queues get on with their work while the program waits.
+            assert torch.equal(source.to("hpu", non_blocking=True).cpu(), source)
+        assert torch.equal(y.cpu(), torch.full((2,), 2.0))
 
 
 def test_waiting_leaves_the_interpreter_to_others() -> None:
-    with _installed(program_ms=100):
+    with _installed(program_ms=1000):  # long beside what the other thread needs, however busy the machine
         x = torch.ones(2).to("hpu") + 1
         ticks: list[float] = []
 
@@ -180,15 +179,15 @@ def test_idle_time_is_the_gap_between_programs(emulated: None) -> None:
 
 
 def test_a_program_that_only_moves_memory_does_not_take_a_networks_time() -> None:
-    with _installed(program_ms=50):
+    with _installed(program_ms=500):
         x = torch.ones(4).to("hpu")
         for move in (torch.clone, lambda x: x.to(torch.bfloat16), lambda x: torch.empty(4, device="hpu").copy_(x)):
             move(x).cpu()
         assert emulator.stats().programs == 3
-        # Three times a network's time would be 0.15 s.
-        assert emulator.stats().busy_s < 0.05
+        # Three times a network's time would be 1.5 s.
+        assert emulator.stats().busy_s < 0.5
         (x + 1).cpu()
-        assert emulator.stats().busy_s >= 0.05
+        assert emulator.stats().busy_s >= 0.5
 
 
 def test_a_new_pinned_block_at_the_address_of_a_dead_one_stays_pinned() -> None:
