@@ -8,6 +8,7 @@ import torch
 
 from lightning_hpu_infer.emulator import runtime, streams
 from lightning_hpu_infer.emulator.graph import HPUGraph, mark_user_inputs, view_hash
+from lightning_hpu_infer.emulator.timeline import DeviceSpan
 
 Event = streams.EventState
 DEVICE_NAME = "GAUDI2"
@@ -156,6 +157,16 @@ def reset_peak_memory() -> None:
     """Start a new peak at what is in use now."""
     memory = runtime.current().memory
     memory.peak = memory.in_use
+
+
+def start_timeline() -> None:
+    """Record when the device works; not a name of the bridge."""
+    runtime.current().timeline.start()
+
+
+def stop_timeline() -> list[DeviceSpan]:
+    """Return what was recorded; not a name of the bridge."""
+    return runtime.current().timeline.stop()
 
 
 def add_listener(listener: runtime.Listener) -> None:

@@ -54,7 +54,7 @@ def host_to_device(rt: Runtime, dst: HpuTensor, src: torch.Tensor, *, non_blocki
         if rt.config.h2d_gbps:
             sleep_until(start + nbytes / rt.config.h2d_gbps * 1e-9)
 
-    task = rt.engine("h2d").submit(Task(work, [storage]), (), [storage])
+    task = rt.engine("h2d").submit(Task(work, [storage], kind="copy", nbytes=nbytes), (), [storage])
     rt.counters.add("h2d_copies")
     rt.counters.add("h2d_bytes", nbytes)
     rt.counters.add("h2d_pinned", is_pinned)
@@ -109,16 +109,16 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
 
     target = dst.detach()
     if not non_blocking:
-        rt.wait(engine.submit(Task(lambda: read(target)), [storage]))
+        rt.wait(engine.submit(Task(lambda: read(target), kind="copy", nbytes=nbytes), [storage]))
         return
     poison(target, loud=True)
     if pinned.is_pinned(dst):
-        engine.submit(Task(lambda: read(target)), [storage])
+        engine.submit(Task(lambda: read(target), kind="copy", nbytes=nbytes), [storage])
         return
     # A pageable destination is filled by a host thread some time after the device is done, so that even a
     # synchronized event does not mean that it can be read (bridge: device.cpp:1432-1504, stream.cpp:76-108).
     staging = torch.empty_like(target)
-    transfer = engine.submit(Task(lambda: read(staging)), [storage])
+    transfer = engine.submit(Task(lambda: read(staging), kind="copy", nbytes=nbytes), [storage])
 
     def unstage() -> None:
         transfer.wait()

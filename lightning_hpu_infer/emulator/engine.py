@@ -10,16 +10,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_hpu_infer.emulator.timeline import DeviceSpan, Timeline
+
 if TYPE_CHECKING:
     from lightning_hpu_infer.emulator.storage import Storage
 
 
 class Task:
-    """One piece of device work; `wait` blocks without the GIL until it has run."""
+    """One piece of device work; `wait` blocks without the GIL until it has run.
 
-    __slots__ = ("_latch", "deps", "done", "error", "finished_at", "run", "writes")
+    `kind` is what a timeline calls it, empty if it is not work of the device's own; `nbytes` is the size of a copy.
+    """
 
-    def __init__(self, run: Callable[[], object], writes: Sequence[Storage] = ()) -> None:
+    __slots__ = ("_latch", "deps", "done", "error", "finished_at", "kind", "nbytes", "run", "writes")
+
+    def __init__(
+        self, run: Callable[[], object], writes: Sequence[Storage] = (), *, kind: str = "", nbytes: int = 0
+    ) -> None:
+        self.kind = kind
+        self.nbytes = nbytes
         self.run: Callable[[], object] | None = run
         self.writes: Sequence[Storage] = writes
         self.deps: list[Task] = []
@@ -57,8 +66,9 @@ class Task:
 class Engine:
     """A FIFO of tasks and the thread that runs them in order."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, timeline: Timeline) -> None:
         self.name = name
+        self._timeline = timeline
         self.last: Task | None = None
         self.busy_s = self.idle_s = 0.0
         self.after: list[Task] = []
@@ -135,6 +145,8 @@ class Engine:
                 task.execute()
                 self._gap_from = task.finished_at
                 self.busy_s += task.finished_at - start
+                if task.kind and (spans := self._timeline.spans) is not None:
+                    spans.append(DeviceSpan(self.name, task.kind, start, task.finished_at, task.nbytes))
                 task.finish()
                 del task
 

@@ -15,6 +15,7 @@ from typing import Literal
 from lightning_hpu_infer.emulator import runtime
 from lightning_hpu_infer.emulator.config import Counters, EmulatorConfig, EmulatorStats
 from lightning_hpu_infer.emulator.registration import Registration
+from lightning_hpu_infer.emulator.timeline import DeviceSpan
 
 _BRIDGE = str(Path(__file__).parent / "bridge")
 _PACKAGE = "habana_frameworks"
@@ -140,6 +141,20 @@ def reset_stats() -> None:
     rt.memory.peak = rt.memory.in_use
     for engine in rt.all_engines():
         engine.reset_times()
+
+
+def start_timeline() -> None:
+    """Record from now on when the device works; what was recorded before is dropped."""
+    runtime.current().timeline.start()
+
+
+def stop_timeline() -> list[DeviceSpan]:
+    """Record no more and return the work done since `start_timeline`, in the order in which it began.
+
+    Whatever the caller has waited for is in it; work that has not ended is not, nor are ops that run on values
+    (CPU fallbacks, shapes that depend on data). Empty if nothing was started.
+    """
+    return runtime.current().timeline.stop()
 
 
 @contextlib.contextmanager

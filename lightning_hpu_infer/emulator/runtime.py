@@ -15,6 +15,7 @@ from lightning_hpu_infer.emulator.engine import Engine, Task, sleep_until
 from lightning_hpu_infer.emulator.plan import Plan
 from lightning_hpu_infer.emulator.program import LazyQueue, Program
 from lightning_hpu_infer.emulator.storage import Cell, Memory, Storage
+from lightning_hpu_infer.emulator.timeline import Timeline
 
 Listener = Callable[[str, float], None]
 
@@ -45,7 +46,9 @@ class Runtime:
         self.compiled: set[tuple[Any, ...]] = set()
         self.listeners: list[Listener] = []
         """Called with an event's name and a number: a compilation's seconds, or 0."""
-        self.compute, self.h2d, self.d2h, self.d2h_host = map(Engine, ("compute", "h2d", "d2h", "d2h_host"))
+        self.timeline = Timeline()
+        names = ("compute", "h2d", "d2h", "d2h_host")
+        self.compute, self.h2d, self.d2h, self.d2h_host = (Engine(name, self.timeline) for name in names)
         self.engines: dict[int, Engine] = {}
         """Queues of user-created streams by stream id."""
         self.stream_id = 0
@@ -69,7 +72,7 @@ class Runtime:
         """Return the queue of a user-created stream."""
         engine = self.engines.get(stream_id)
         if engine is None:
-            engine = self.engines[stream_id] = Engine(f"stream-{stream_id}")
+            engine = self.engines[stream_id] = Engine(f"stream-{stream_id}", self.timeline)
         return engine
 
     def wait(self, task: Task) -> None:
@@ -128,7 +131,7 @@ class Runtime:
             if capture.capturing and capture.graph is not None and self.config.lazy:
                 capture.graph.append(queue)
             if capture.dry_run and self.config.lazy:
-                self.engine("compute").submit(Task(lambda: self._compile(program)))
+                self._compile(program)
                 return
             env: list[Storage | None] = [storage if storage.has_live_cell() else None for storage in queue.storages]
             for register, _ in queue.inputs:
@@ -139,9 +142,11 @@ class Runtime:
         """Submit a program to the compute queue."""
         if self.config.launch_us:
             time.sleep(self.config.launch_us * 1e-6)
+        if not single:
+            self._compile(program)
         reads = [env[register] for register in program.inputs]
         writes = [env[register] for register in (*program.outputs, *program.mutated) if env[register] is not None]
-        task = Task(lambda: self._run(program, env, single), writes)  # type: ignore[arg-type]
+        task = Task(lambda: self._run(program, env, single), writes, kind="compute")  # type: ignore[arg-type]
         return self.engine("compute").submit(task, reads, writes)  # type: ignore[arg-type]
 
     def _cached(self, program: Program) -> Program:
@@ -153,8 +158,6 @@ class Runtime:
 
     def _run(self, program: Program, env: Sequence[Storage | None], single: bool) -> None:
         start = time.perf_counter()
-        if not single:
-            start += self._compile(program)
         self.counters.add("programs")
         self.counters.add("device_ops", len(program.steps))
         try:
@@ -165,20 +168,21 @@ class Runtime:
         if not single and program.computes and self.config.program_ms:
             sleep_until(start + self.config.program_ms * 1e-3)
 
-    def _compile(self, program: Program) -> float:
-        """Spend the compile time of a program that was not run before; return how long it was."""
+    def _compile(self, program: Program) -> None:
+        """Let a program that was not launched before keep the compute queue busy for the compile time."""
         if program.key in self.compiled:
             self.notify("recipe_hit")
-            return 0.0
+            return
         self.compiled.add(program.key)
+        self.engine("compute").submit(Task(self._spend_compile_time, kind="compile" if self.config.compile_ms else ""))
+
+    def _spend_compile_time(self) -> None:
         start = time.perf_counter()
         if self.config.compile_ms:
             sleep_until(start + self.config.compile_ms * 1e-3)
         self.counters.add("compiles")
-        elapsed = time.perf_counter() - start
         self.notify("recipe_miss")
-        self.notify("graph_compilation", elapsed)
-        return elapsed
+        self.notify("graph_compilation", time.perf_counter() - start)
 
     def notify(self, event: str, amount: float = 0.0) -> None:
         """Tell the listeners (the bridge's event dispatcher)."""
