@@ -1,0 +1,84 @@
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_hpu_infer import chrome
+from lightning_hpu_infer.trace import Lane, Span, Stage
+
+seconds = st.floats(0, 1e9, allow_nan=False)
+spans = st.builds(
+    lambda stage, lane, start, duration, batch, nbytes: Span(stage, lane, start, start + duration, batch, nbytes),
+    st.sampled_from(Stage),
+    st.sampled_from(Lane),
+    seconds,
+    seconds,
+    st.none() | st.integers(0, 10**9),
+    st.integers(0, 2**50),
+)
+SPANS = [
+    Span(Stage.FETCH, Lane.PREFETCH, 12345.678901234, 12345.6801, batch=0),
+    Span(Stage.LAUNCH, Lane.MAIN, 12345.6801, 12345.6901, batch=0),
+    Span(Stage.H2D, Lane.H2D, 12345.68015, 12345.6802, batch=0, nbytes=4096),
+    Span(Stage.DEVICE, Lane.DEVICE, 12345.6803, 12345.69, batch=None),
+]
+
+
+@given(st.lists(spans, max_size=20))
+def test_what_is_read_back_is_equal(written: list[Span]) -> None:
+    text = json.dumps(chrome.to_chrome(written, {"emulated": True}))
+    assert chrome.from_chrome(json.loads(text)) == (written, {"emulated": True})
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_files_are_gzipped_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    chrome.write(SPANS, path, {"batches": 1})
+    assert path.read_bytes().startswith(b"\x1f\x8b") == name.endswith(".gz")
+    assert chrome.read(path) == (SPANS, {"batches": 1})
+
+
+def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args() -> None:
+    events = chrome.to_chrome(SPANS)["traceEvents"]
+    threads = [event for event in events if event["name"] == "thread_name"]
+    order = {(e["pid"], e["tid"]): e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
+    threads.sort(key=lambda event: order[event["pid"], event["tid"]])
+    assert [thread["args"]["name"] for thread in threads] == [lane.value for lane in Lane]
+    assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["host", "device"]
+    copy = next(event for event in events if event["name"] == Stage.H2D.value and event["ph"] == "X")
+    assert math.isclose(copy["ts"], 12345.68015e6)
+    assert math.isclose(copy["dur"], 50, rel_tol=1e-4)
+    assert copy["args"].items() >= {"batch": 0, "bytes": 4096}.items()
+    assert "batch" not in events[-1]["args"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no json", "not JSON"),
+        (b"\x80\x81", "not JSON"),
+        (b"\x1f\x8b broken", "not JSON"),
+        (gzip.compress(b"{}")[:-9], "not JSON"),
+        (gzip.compress(b"{}")[:10] + b"\xff" * 9, "not JSON"),
+        (b"{}", 'no list "traceEvents"'),
+        (b'{"traceEvents": {}}', 'no list "traceEvents"'),
+        (b"3", 'no list "traceEvents"'),
+        (b"[]", "of another program"),
+        (b'{"traceEvents": [{"ph": "X"}], "otherData": {"producer": "lightning_hpu_infer"}}', "damaged"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "trace.json"
+    path.write_bytes(content)
+    with pytest.raises(chrome.TraceFileError, match=message) as error:
+        chrome.read(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        chrome.read(tmp_path / "none.json")
