@@ -225,9 +225,9 @@ class PadSpec:
                 _size(tensor, pad.dim, name)
                 yield name, pad, tensor
             elif place == 0 or tensor is not None:
-                what = "no tensor" if tensor is None else f"a {type(tensor).__name__} instead of a tensor as"
+                found = "" if tensor is None else f" (it is of type {type(tensor).__name__})"
                 raise ValueError(
-                    f"The batch has {what} {_shown(name)}, which `PadSpec` names. It has {_names_in(batch)}."
+                    f"The batch has no tensor {_shown(name)}{found}, which `PadSpec` names. It has {_names_in(batch)}."
                 )
 
 
@@ -307,14 +307,15 @@ def _put(data: Any, path: list[str], leaf: Tensor) -> Any:
 
 
 def _names_in(data: Any) -> str:
-    return ", ".join(_tensor_names(data, "")) or f"none: it is a {type(data).__name__}"
+    return ", ".join(_tensor_names(data, "")) or f"none: it is of type {type(data).__name__}"
 
 
 def _tensor_names(data: Any, prefix: str) -> Iterator[str]:
-    if isinstance(data, Tensor):
-        yield f"{_shown(prefix)} {tuple(data.shape)}"
-    for name, part in (parts_of(data) or {}).items():
-        yield from _tensor_names(part, f"{prefix}.{name}" if prefix else str(name))
+    for key, part in (parts_of(data) or {}).items():
+        name = f"{prefix}{key}"
+        if isinstance(part, Tensor):
+            yield f"`{name}` {tuple(part.shape)}"
+        yield from _tensor_names(part, f"{name}.")
 
 
 def _size(tensor: Tensor, dim: int, name: str) -> int:
