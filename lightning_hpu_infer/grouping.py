@@ -56,9 +56,9 @@ def _length_under(key: str, sample: Any, at: int) -> int:
     try:
         return len(sample[key])
     except (KeyError, IndexError, TypeError) as error:
-        has = ", ".join(map(repr, parts_of(sample) or {})) or f"is a {type(sample).__name__}"
+        names = ", ".join(map(repr, parts_of(sample) or {})) or f"none: it is of type {type(sample).__name__}"
         raise ValueError(
-            f"Sample {at} has nothing under {key!r} that has a length; it has {has}. Give `group_by_length`"
+            f"Sample {at} has nothing with a length under {key!r}. It has {names}. Give `group_by_length`"
             " another key, or a function of the sample."
         ) from error
 
