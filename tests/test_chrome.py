@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_hpu_infer import chrome
@@ -28,6 +28,7 @@ SPANS = [
 ]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(spans, max_size=20))
 def test_what_is_read_back_is_equal(written: list[Span]) -> None:
     text = json.dumps(chrome.to_chrome(written, {"emulated": True}))
