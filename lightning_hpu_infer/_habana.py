@@ -52,6 +52,11 @@ def mark_step() -> None:
     core.mark_step()
 
 
+def synchronize() -> None:
+    """Wait until the device has done all that was launched."""
+    _hpu().synchronize()
+
+
 def record_event() -> Any:
     """An event behind all that was launched so far; its `synchronize()` waits with the GIL released."""
     event = _hpu().Event()

@@ -1,7 +1,8 @@
 """The one object that users pass to the Trainer."""
 
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.accelerators.registry import _AcceleratorRegistry
@@ -9,11 +10,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
+from lightning_hpu_infer.pipeline import graph_kind
+from lightning_hpu_infer.shapes import PadSpec
 
 
 class HPUInferenceAccelerator(Accelerator):
@@ -23,20 +27,34 @@ class HPUInferenceAccelerator(Accelerator):
     stock Lightning's. Without an HPU the same code runs on the CPU.
 
     Args:
-        hpu_graphs: Capture the networks that `predict_step` calls as HPU graphs and replay them.
+        hpu_graphs: Capture the networks that `predict_step` calls and replay them: as HPU graphs in lazy mode, by
+            `torch.compile(backend="hpu_backend")` in eager mode. "hpu_graph" or "compile" insists on one of these;
+            "compile" also compiles on the CPU, with torch's inductor.
         async_copy: Stage inputs in pinned host memory and copy them without waiting.
         pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
         prefetch: Batches that the host prepares ahead, 0 to 1024. Used when `pipelining`.
         in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
         defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
             Lightning's hook order and device tensors. Used when `pipelining`.
-        max_graphs: Captured graphs per network, 1 to 65536. Used when `hpu_graphs`.
+        graph_modules: Names of the networks to capture; None finds them in the first step. Used when `hpu_graphs`.
+        max_graphs: Captured graphs per network, 1 to 65536; a new one takes the place of the least recently used.
+            Used when `hpu_graphs`.
+        graph_memory: Bytes of device memory that the graphs of a network may take; None sets no bound. Used when
+            `hpu_graphs`.
         verify_graphs: Replays of each new graph that are compared with the plain forward, 0 to 65536; 0 believes every
             graph. Used when `hpu_graphs`.
+        pad_batch: Let a batch with fewer rows than a captured graph use it, with rows added. Used when `hpu_graphs`.
+        bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says; "auto" chooses them.
+        num_buckets: Lengths that "auto" chooses at most, 1 to 1024.
+        bucket_multiple: Lengths that "auto" chooses are multiples of this.
+        pad_spec: Which tensors are padded and how; "tokenizer" for batches of a Hugging Face tokenizer.
+        warm_up: Run every bucket before the first batch. Used with `bucket_lengths`.
+        group_by_length: Predict samples of like lengths together; predictions come back in the dataset's order. A key
+            or a function that gives a sample's length, or one length per sample.
 
     Raises:
         TypeError: If a value is of the wrong type.
-        ValueError: If a number is out of its range.
+        ValueError: If a value is out of its range, or does nothing without another.
 
     Example::
 
@@ -47,14 +65,23 @@ class HPUInferenceAccelerator(Accelerator):
     def __init__(
         self,
         *,
-        hpu_graphs: bool = True,
+        hpu_graphs: bool | Literal["hpu_graph", "compile"] = True,
         async_copy: bool = True,
         pipelining: bool = True,
         prefetch: int = 2,
         in_flight: int = 1,
         defer_hooks: bool = True,
+        graph_modules: Sequence[str] | None = None,
         max_graphs: int = 16,
+        graph_memory: int | None = None,
         verify_graphs: int = 1,
+        pad_batch: bool = False,
+        bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
+        num_buckets: int = 8,
+        bucket_multiple: int = 8,
+        pad_spec: PadSpec | Literal["tokenizer"] | None = None,
+        warm_up: bool = False,
+        group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
         self.config = InferenceConfig(
@@ -64,8 +91,17 @@ class HPUInferenceAccelerator(Accelerator):
             prefetch=prefetch,
             in_flight=in_flight,
             defer_hooks=defer_hooks,
+            graph_modules=graph_modules,
             max_graphs=max_graphs,
+            graph_memory=graph_memory,
             verify_graphs=verify_graphs,
+            pad_batch=pad_batch,
+            bucket_lengths=bucket_lengths,
+            num_buckets=num_buckets,
+            bucket_multiple=bucket_multiple,
+            pad_spec=pad_spec,
+            warm_up=warm_up,
+            group_by_length=group_by_length,
         )
 
     def setup_device(self, device: torch.device) -> None:
@@ -88,9 +124,13 @@ class HPUInferenceAccelerator(Accelerator):
             )
         _repair_precision(trainer.precision_plugin, trainer.strategy.root_device.type)
         PipelinedPredictionLoop.take_over(trainer.predict_loop, self.config)
+        graph_kind(trainer.strategy.root_device, self.config)  # raises early where it cannot be
+        if trainer.state.fn != TrainerFn.PREDICTING:
+            # Other runs need the device's memory and change the weights.
+            trainer.predict_loop.release_graphs()  # type: ignore[attr-defined]
 
     def teardown(self) -> None:
-        """Nothing is kept between runs."""
+        """Nothing of the device is ours; graphs stay with the Trainer for its next prediction."""
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Device memory in bytes by the bridge's names; empty on the CPU."""

@@ -1,6 +1,10 @@
 """The plugin's flags as one frozen value that is passed down whole."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_hpu_infer.shapes import PadSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -8,12 +12,14 @@ class InferenceConfig:
     """What `HPUInferenceAccelerator` was asked to do. Each technique is one flag; the rest are its options.
 
     Raises:
-        TypeError: If a flag is not a bool or a number is not an int.
-        ValueError: If a number is out of its range.
+        TypeError: If a value is of the wrong type.
+        ValueError: If a value is out of its range, or does nothing without another.
     """
 
-    hpu_graphs: bool = True
-    """Capture the networks that `predict_step` calls as HPU graphs and replay them."""
+    hpu_graphs: bool | Literal["hpu_graph", "compile"] = True
+    """Capture the networks that `predict_step` calls and replay them: as HPU graphs in lazy mode, by
+    `torch.compile(backend="hpu_backend")` in eager mode. The two names insist on one of these; "compile" also compiles
+    on the CPU, with torch's inductor."""
 
     async_copy: bool = True
     """Stage inputs in pinned host memory, so that their copy to the device does not hold up the host."""
@@ -31,23 +37,82 @@ class InferenceConfig:
     """Run the end hooks of a batch when its output has arrived, with host tensors. `False` keeps stock Lightning's
     hook order and device tensors and delays only the stored predictions. Used when `pipelining`."""
 
+    graph_modules: Sequence[str] | None = None
+    """The networks to capture, by their names in the LightningModule. None finds them in the first step. Used when
+    `hpu_graphs`."""
+
     max_graphs: int = 16
-    """Captured graphs per network; further input shapes run without a graph. Used when `hpu_graphs`."""
+    """Captured graphs per network; a new one takes the place of the least recently used. Used when `hpu_graphs`."""
+
+    graph_memory: int | None = None
+    """Bytes of device memory that the graphs of a network may take; None sets no bound. Used when `hpu_graphs`."""
 
     verify_graphs: int = 1
     """Replays of each new graph that are compared with the plain forward, besides the capturing call. 0 believes every
     graph. Used when `hpu_graphs`."""
 
+    pad_batch: bool = False
+    """Let a batch with fewer rows than a captured graph use it: rows are added to the network's inputs and cut from its
+    outputs. Used when `hpu_graphs`."""
+
+    bucket_lengths: Sequence[int] | Literal["auto"] | None = None
+    """Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them."""
+
+    num_buckets: int = 8
+    """Lengths that "auto" chooses at most."""
+
+    bucket_multiple: int = 8
+    """Lengths that "auto" chooses are multiples of this."""
+
+    pad_spec: PadSpec | Literal["tokenizer"] | None = None
+    """Which tensors of a batch are padded, in which dimension and with what, and which outputs are cut back."""
+
+    warm_up: bool = False
+    """Run every bucket before the first batch, so that none is captured later. Used with `bucket_lengths`."""
+
+    group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None
+    """Predict samples of like lengths together: a key or a function that gives a sample's length, or one length per
+    sample. Predictions come back in the dataset's order."""
+
     def __post_init__(self) -> None:
-        for name in ("hpu_graphs", "async_copy", "pipelining", "defer_hooks"):
+        for name in ("async_copy", "pipelining", "defer_hooks", "pad_batch", "warm_up"):
             _check_type(name, getattr(self, name), bool)
+        if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile")):
+            raise TypeError(f"`hpu_graphs` must be True, False, 'hpu_graph' or 'compile', got {self.hpu_graphs!r}.")
         for name, low, high in (
             ("prefetch", 0, 1024),
             ("in_flight", 0, 1024),
             ("max_graphs", 1, 65536),
             ("verify_graphs", 0, 65536),
+            ("num_buckets", 1, 1024),
+            ("bucket_multiple", 1, 65536),
         ):
             _check_range(name, getattr(self, name), low, high)
+        if self.graph_memory is not None:
+            _check_range("graph_memory", self.graph_memory, 1, 2**63)
+        if self.graph_modules is not None:
+            self._set("graph_modules", _checked_names(self.graph_modules))
+        if self.bucket_lengths is not None and self.bucket_lengths != "auto":
+            self._set("bucket_lengths", _checked_lengths(self.bucket_lengths))
+        if self.pad_spec == "tokenizer":
+            self._set("pad_spec", PadSpec.tokenizer())
+        elif not (self.pad_spec is None or isinstance(self.pad_spec, PadSpec)):
+            raise TypeError(f"`pad_spec` must be a PadSpec, 'tokenizer' or None, got {self.pad_spec!r}.")
+        if (self.bucket_lengths is None) != (self.pad_spec is None):
+            raise ValueError(
+                f"`bucket_lengths` and `pad_spec` do nothing without each other, got {self.bucket_lengths!r} and"
+                f" {self.pad_spec!r}. For batches of a Hugging Face tokenizer, pass pad_spec='tokenizer'."
+            )
+        if self.warm_up and self.bucket_lengths is None:
+            raise ValueError("`warm_up=True` warms up buckets: pass `bucket_lengths` and `pad_spec` too.")
+        if self.warm_up and not self.pipelining:
+            raise ValueError("`warm_up=True` needs `pipelining=True`.")
+        group = self.group_by_length
+        if not (group is None or isinstance(group, str | Sequence) or callable(group)):
+            raise TypeError(f"`group_by_length` must be a key, a function or lengths, got {group!r}.")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
 
 def _check_type(name: str, value: object, expected: type) -> None:
@@ -60,3 +125,19 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
     _check_type(name, value, int)
     if not low <= value <= high:
         raise ValueError(f"`{name}` must be from {low} to {high}, got {value}.")
+
+
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`graph_modules` must be a list of module names, got {names!r}.")
+    if not names:
+        raise ValueError("`graph_modules` is empty. Name a module, or pass `hpu_graphs=False`.")
+    return tuple(names)
+
+
+def _checked_lengths(lengths: Sequence[int] | Literal["auto"]) -> tuple[int, ...]:
+    if isinstance(lengths, str) or not all(type(length) is int for length in lengths):
+        raise TypeError(f"`bucket_lengths` must be a list of int, 'auto' or None, got {lengths!r}.")
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"`bucket_lengths` must be positive, and at least one, got {lengths!r}.")
+    return tuple(sorted(set(lengths)))

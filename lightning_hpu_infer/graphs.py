@@ -1,76 +1,85 @@
-"""HPU graphs around the networks that a step calls: found, captured once per input signature, checked, replayed."""
+"""HPU graphs of one network: captured once per signature of its call, checked, replayed, forgotten when unused."""
 
-import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torchmetrics import Metric
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.watch import HostReads, outermost_calls
+from lightning_hpu_infer.shapes import pad_rows
+from lightning_hpu_infer.signature import (
+    GraphKey,
+    Layout,
+    NotCapturable,
+    flatten,
+    layout,
+    with_tensors,
+    without_tensors,
+)
+from lightning_hpu_infer.watch import HostReads
 
-# Python values that mean the same in every call with an equal key.
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # How far a replay may be from the plain forward, relative to the largest value: rounding, not a wrong result.
 _TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-3}
+# Signatures of one network that are remembered, captured or not.
+_MAX_KEYS = 1024
+# So many Python values of the same arguments are no longer a setting but data.
+_MANY_VALUES = 4
 
 
-class NotCapturable(Exception):
-    """Raised when a call cannot be a graph: its message says why, for the warning."""
+@dataclass
+class GraphCounts:
+    """What the graphs of a run did."""
+
+    captures: int = 0
+    """Graphs captured, or networks compiled."""
+    replays: int = 0
+    padded: int = 0
+    """Replays with rows added to fill a larger graph's batch."""
+    plain_calls: int = 0
+    """Calls of a network without a graph, the first call of each signature included."""
+    evictions: int = 0
+    """Graphs dropped for newer ones."""
+
+    def __str__(self) -> str:
+        text = f"Graphs: {self.captures} captured, {self.replays} replays, {self.plain_calls} calls without a graph."
+        if self.evictions:
+            text += (
+                f" {self.evictions} graphs were dropped for newer ones: raise `max_graphs`, or let fewer shapes occur."
+            )
+        return text
 
 
-@dataclass(frozen=True)
-class GraphKey:
-    """Everything that must be equal for a captured graph to stand for a call.
+class _Graph:
+    """One captured call. The first `__call__` captures and runs it, later ones replay it."""
 
-    The bridge's own key leaves out dtype and stride and takes `1` for `True` and `-1` for `-2`
-    (bridge `hpu/graphs.py`, `input_hash`), so each of our keys gets a bridge wrapper of its own.
-    """
+    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any]) -> None:
+        # Not a method of this object: a reference cycle would leave the graph to the garbage collector.
+        self._flat = _FlatForward(forward, key, leaves)
+        self._run = _habana.graphed(self._flat)
 
-    leaves: tuple[object, ...]
-    """Per leaf of the arguments: shape, dtype and stride of a tensor; type and value of anything else."""
+    def __call__(self, leaves: list[Any]) -> Any:
+        flat = self._flat
+        outputs = self._run(*_independent(leaves[place] for place in flat.places))
+        # The next replay overwrites the graph's tensors, and whoever called the network may keep what it got.
+        owned = (tensor.clone() for tensor in outputs)
+        return flat.output_structure.unflatten(with_tensors(flat.output_constants, flat.output_places, owned))
 
-    modes: tuple[object, ...]
-    """What else decides which ops are recorded: training, inference mode, autocast and its dtype."""
-
-    structure: TreeSpec = field(hash=False)
-    """How the leaves were nested. Compared, but not hashed: torch's specs are not hashable."""
-
-    @classmethod
-    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple["GraphKey", list[Any]]:
-        """The key of a call and its flat arguments.
-
-        Raises:
-            NotCapturable: If a leaf is neither a device tensor nor a plain constant.
-        """
-        leaves, structure = tree_flatten((args, kwargs))
-        device_type = _habana.DEVICE_TYPE
-        modes = (
-            module.training,
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
-        )
-        return cls(tuple(map(_describe, leaves)), modes, structure), leaves
-
-
-def _describe(leaf: object) -> object:
-    if isinstance(leaf, Tensor):
-        if leaf.device.type != _habana.DEVICE_TYPE:
-            # Its copy to the device would not be part of the graph: every replay would see the first value.
-            raise NotCapturable(f"it is given a tensor on {leaf.device}; give it tensors on the device")
-        return leaf.shape, leaf.dtype, leaf.stride()
-    if isinstance(leaf, float | complex):
-        return type(leaf), repr(leaf)  # 0.0 and -0.0 are equal, nan is not even equal to itself
-    if isinstance(leaf, _CONSTANTS):
-        return type(leaf), leaf
-    raise NotCapturable(f"it is given a {type(leaf).__name__}, which may change unseen; give it tensors or constants")
+    @staticmethod
+    @contextmanager
+    def capturing() -> Iterator[None]:
+        """Surround the first call with this; leaves a clean state if it fails."""
+        try:
+            with _habana.capture_undisturbed():
+                yield
+        except BaseException as error:
+            _habana.reset_capture(error)
+            raise
 
 
 class _FlatForward:
@@ -80,56 +89,24 @@ class _FlatForward:
         self._forward = forward
         self._structure = key.structure
         # Tensors are arguments of every call; holding those of the first would only cost device memory.
-        self._constants, self._places = _without_tensors(leaves)
+        self._constants, self.places = without_tensors(leaves)
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        args, kwargs = tree_unflatten(_with_tensors(self._constants, self._places, tensors), self._structure)
-        outputs, self.output_structure = tree_flatten(self._forward(*args, **kwargs))
+        args, kwargs = self._structure.unflatten(with_tensors(self._constants, self.places, tensors))
+        outputs, self.output_structure = flatten(self._forward(*args, **kwargs))
         for leaf in outputs:
             if isinstance(leaf, Tensor) and leaf.device.type != _habana.DEVICE_TYPE:
                 raise NotCapturable(f"it returns a tensor on {leaf.device}, which a graph would repeat for every batch")
             if not (leaf is None or isinstance(leaf, str | Tensor)):
                 raise NotCapturable(f"it returns a {type(leaf).__name__}, which a graph would repeat for every batch")
-        self.output_constants, self.output_places = _without_tensors(outputs)
-        given = {_describe(tensor) for tensor in tensors}
+        self.output_constants, self.output_places = without_tensors(outputs)
+        given = {layout(tensor) for tensor in tensors}
         # A replay refreshes only what the graph computes: an input that is handed back would stay the first one.
         return [
-            leaf.clone() if _habana.is_view(leaf) or _describe(leaf) in given else leaf
+            leaf.clone() if _habana.is_view(leaf) or layout(leaf) in given else leaf
             for leaf in outputs
             if isinstance(leaf, Tensor)
         ]
-
-
-def _without_tensors(leaves: list[Any]) -> tuple[list[Any], list[int]]:
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    return [None if isinstance(leaf, Tensor) else leaf for leaf in leaves], places
-
-
-def _with_tensors(constants: list[Any], places: list[int], tensors: Iterable[Tensor]) -> list[Any]:
-    leaves = list(constants)
-    for place, tensor in zip(places, tensors, strict=True):
-        leaves[place] = tensor
-    return leaves
-
-
-class _Graph:
-    """One captured call. The first `__call__` captures and runs it, later ones replay it."""
-
-    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any], verify: int) -> None:
-        # Not a method of this object: a reference cycle would leave the graph to the garbage collector.
-        self._flat = _FlatForward(forward, key, leaves)
-        self._places = self._flat._places
-        self._run = _habana.graphed(self._flat)
-        self.captured = False
-        self.to_verify = verify + 1 if verify else 0
-        """Calls still to be compared with the plain forward: the capturing one, and the first replays."""
-
-    def __call__(self, leaves: list[Any]) -> Any:
-        flat = self._flat
-        outputs = self._run(*_independent(leaves[place] for place in self._places))
-        # The next replay overwrites the graph's tensors, and whoever called the network may keep what it got.
-        owned = (tensor.clone() for tensor in outputs)
-        return tree_unflatten(_with_tensors(flat.output_constants, flat.output_places, owned), flat.output_structure)
 
 
 def _independent(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -139,13 +116,105 @@ def _independent(tensors: Iterable[Tensor]) -> list[Tensor]:
     static input that later calls overwrite, together with what it shows (bridge `hpu/graphs.py`, `replayV3`). Equal
     layouts are the only way for two tensors that are no views to be the same memory.
     """
-    seen: set[object] = set()
+    seen: set[Layout] = set()
     independent = []
     for tensor in tensors:
-        layout = _describe(tensor)
-        independent.append(tensor.clone() if layout in seen or _habana.is_view(tensor) else tensor)
-        seen.add(layout)
+        described = layout(tensor)
+        independent.append(tensor.clone() if described in seen or _habana.is_view(tensor) else tensor)
+        seen.add(described)
     return independent
+
+
+class _Compiled:
+    """One compiled call: the counterpart of `_Graph` where there are no HPU graphs. Its outputs are new tensors."""
+
+    def __init__(self, forward: Callable[..., Any], key: GraphKey, leaves: list[Any], backend: str) -> None:
+        self._structure = key.structure
+        self._run: Callable[..., Any] = torch.compile(forward, backend=backend, dynamic=False)
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        args, kwargs = self._structure.unflatten(leaves)
+        return self._run(*args, **kwargs)
+
+    @staticmethod
+    @contextmanager
+    def capturing() -> Iterator[None]:
+        """Surround the first call with this. Our keys bound the number of programs, not dynamo's default of 8."""
+        dynamo = torch._dynamo.config
+        # Renamed in torch 2.6.
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+        with dynamo.patch({limit: 2 * _MAX_KEYS}):
+            yield
+
+
+@dataclass
+class _Entry:
+    """What is known of one signature of a network's call."""
+
+    run: "_Graph | _Compiled | _Padded | None"
+    """None where only the plain forward will do."""
+    captured: bool = False
+    to_verify: int = 0
+    """Calls still to be compared with the plain forward: the capturing one, and the first replays."""
+    may_pad: bool = True
+    """Whether a larger graph may still stand in."""
+    kept: bool = False
+    """Whether it was captured in an earlier run, and what it read of Python may have changed since."""
+    nbytes: int = 0
+    """Device memory that it took, roughly."""
+
+    @property
+    def holds_graph(self) -> bool:
+        """Whether it owns something that costs memory."""
+        return self.captured and not isinstance(self.run, _Padded)
+
+
+class _Padded:
+    """A short batch in a larger graph: its last row is repeated, and the outputs are cut."""
+
+    def __init__(self, graph: _Entry, small: GraphKey, large: GraphKey, rows: tuple[int, int]) -> None:
+        self.graph = graph
+        self._given, self._captured = rows
+        self._places = [
+            i for i, (one, other) in enumerate(zip(small.leaves, large.leaves, strict=True)) if one != other
+        ]
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        leaves = list(leaves)
+        for place in self._places:
+            leaves[place] = pad_rows(leaves[place], self._captured)
+        assert self.graph.run is not None
+        outputs, structure = flatten(self.graph.run(leaves))
+        return structure.unflatten([self._cut(leaf) for leaf in outputs])
+
+    def _cut(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if not leaf.dim() or leaf.shape[0] != self._captured:
+            raise NotCapturable(
+                f"an output of shape {list(leaf.shape)} does not carry the batch dimension of {self._captured}, so a"
+                " short batch is not padded"
+            )
+        return leaf[: self._given]
+
+
+def _padding(small: GraphKey, large: GraphKey) -> tuple[int, int] | None:
+    """The rows of both keys if they differ in nothing else, and `large` has more."""
+    if small.modes != large.modes or small.structure != large.structure:
+        return None
+    rows = set()
+    for one, other in zip(small.leaves, large.leaves, strict=True):
+        if one == other:
+            continue
+        if not (isinstance(one, Layout) and isinstance(other, Layout) and one.shape and other.shape):
+            return None
+        if one.with_rows(other.shape[0]) != other:
+            return None
+        rows.add((one.shape[0], other.shape[0]))
+    if len(rows) != 1:
+        return None
+    ((fewer, more),) = rows
+    return (fewer, more) if 0 < fewer < more else None
 
 
 class GraphedForward:
@@ -153,93 +222,235 @@ class GraphedForward:
 
     The first call with a new key runs plainly and is watched; it also fills caches that the network grows lazily. The
     second captures. It and the first replays are compared with the plain forward on the same inputs.
+
+    Args:
+        module: The network.
+        name: What messages call it.
+        config: `max_graphs`, `graph_memory`, `verify_graphs` and `pad_batch` are used.
+        device: Where the network is.
+        kind: "hpu_graph", or the backend that `torch.compile` is asked for.
+        counts: Where calls are counted.
     """
 
     _capturing = False  # A graph inside a graph is refused by the bridge: the inner network is part of the outer.
 
-    def __init__(self, module: nn.Module, name: str, config: InferenceConfig) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        config: InferenceConfig,
+        device: torch.device,
+        kind: str,
+        counts: GraphCounts,
+    ) -> None:
         self._module = module
-        self._name = name
-        self._forward = module.forward
+        self.name = name
+        self.forward = module.forward
+        """The network's own."""
         self._config = config
-        self._graphs: dict[GraphKey, _Graph | None] = {}
-        """None where a graph would be wrong."""
+        self._device = device
+        self._kind = kind
+        self._is_graph = kind == "hpu_graph"
+        self.counts = counts
+        self._entries: OrderedDict[GraphKey, _Entry] = OrderedDict()
+        """Least recently used first."""
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network; the result is the caller's own."""
         if GraphedForward._capturing or torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
         try:
-            key, leaves = GraphKey.of(self._module, args, kwargs)
+            key, leaves = GraphKey.of(self._module, args, kwargs, self._device.type)
         except NotCapturable as reason:
             self._warn(str(reason))
-            return self._forward(*args, **kwargs)
-        if key not in self._graphs:
+            return self._plain(args, kwargs)
+        entry = self._entry(key)
+        if entry is None:
             return self._watched_call(key, leaves, args, kwargs)
-        graph = self._graphs[key]
-        if graph is None:
-            return self._forward(*args, **kwargs)
-        if graph.captured and not graph.to_verify:
-            return graph(leaves)
-        return self._checked_call(graph, key, leaves, args, kwargs)
+        if entry.run is None:
+            return self._plain(args, kwargs)
+        if entry.captured and not entry.to_verify:
+            self.counts.replays += 1
+            self.counts.padded += isinstance(entry.run, _Padded)
+            return entry.run(leaves)
+        return self._checked_call(entry, key, leaves, args, kwargs)
+
+    def distrust(self) -> None:
+        """Compare every graph with the plain forward once more, since Python values may have changed."""
+        for entry in self._entries.values():
+            entry.kept = True
+            if entry.captured and self._config.verify_graphs:
+                entry.to_verify = max(entry.to_verify, 1)
+
+    def forget_all(self) -> None:
+        """Drop every graph and all that is known of signatures."""
+        self._entries.clear()
+
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether there is anything to keep."""
+        return any(entry.holds_graph for entry in self._entries.values())
+
+    def _entry(self, key: GraphKey) -> _Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+        if self._config.pad_batch and (entry is None or (not entry.captured and entry.run and entry.may_pad)):
+            larger = [
+                (rows, other, graph)
+                for other, graph in self._entries.items()
+                if graph.holds_graph and not graph.to_verify and (rows := _padding(key, other))
+            ]
+            if larger:
+                rows, other, graph = min(larger, key=lambda each: each[0])
+                padded = _Padded(graph, key, other, rows)
+                entry = _Entry(padded, captured=True, to_verify=self._config.verify_graphs)
+                self._remember(key, entry)
+        return entry
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.counts.plain_calls += 1
+        return self.forward(*args, **kwargs)
 
     def _watched_call(self, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run plainly, and find out whether a graph would do the same."""
-        if len(self._graphs) >= self._config.max_graphs:
-            self._warn(
-                f"it has {self._config.max_graphs} graphs already and saw a new input signature; raise `max_graphs`"
-            )
-            return self._forward(*args, **kwargs)
+        self._look_for_data_among_values(key)
+        if not self._is_graph:
+            # torch.compile looks for itself, and breaks its graphs where Python reads the device.
+            self._remember(key, self._uncaptured(key, leaves))
+            return self._plain(args, kwargs)
         with HostReads(leaves) as reads:
-            output = self._forward(*args, **kwargs)
+            output = self._plain(args, kwargs)
         reason = reads.found or _unfit(self._module)
         if reason:
             self._warn(reason)
-        self._graphs[key] = None if reason else _Graph(self._forward, key, leaves, self._config.verify_graphs)
+        self._remember(key, _Entry(None) if reason else self._uncaptured(key, leaves))
         return output
 
+    def _uncaptured(self, key: GraphKey, leaves: list[Any], *, may_pad: bool = True) -> _Entry:
+        run: _Graph | _Compiled
+        run = _Graph(self.forward, key, leaves) if self._is_graph else _Compiled(self.forward, key, leaves, self._kind)
+        verify = self._config.verify_graphs
+        return _Entry(run, to_verify=verify + 1 if verify else 0, may_pad=may_pad)
+
     def _checked_call(
-        self, graph: _Graph, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, entry: _Entry, key: GraphKey, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Capture or replay, and compare with the plain forward while there is something to verify."""
-        expected = self._forward(*args, **kwargs) if graph.to_verify else None
-        output, reason = (graph(leaves), "") if graph.captured else self._capture(graph, leaves)
-        if not reason and graph.to_verify:
-            graph.to_verify -= 1
+        expected = self._plain(args, kwargs) if entry.to_verify else None
+        output, reason = self._replay(entry, leaves) if entry.captured else self._capture(entry, leaves)
+        if not reason and entry.to_verify:
+            entry.to_verify -= 1
             if difference := _difference(output, expected):
                 reason = (
                     f"a replay differs from the plain forward ({difference}). It may read a Python value that changes,"
                     " or draw random numbers; a graph would repeat those of the call that was captured"
                 )
+                if isinstance(entry.run, _Padded):
+                    reason = f"rows added to a short batch change the others ({difference})"
             output = expected
         if not reason:
             return output
-        self._graphs[key] = None
-        self._warn(reason)
+        if entry.kept:
+            self._forget(key)  # What was captured in an earlier run is out of date; that is no reason for a warning.
+        elif isinstance(entry.run, _Padded):
+            self._warn(reason)
+            self._entries[key] = self._uncaptured(key, leaves, may_pad=False)
+        else:
+            self._warn(reason)
+            self._entries[key] = _Entry(None)
         # An error of the network itself is raised again by this call, and so reaches the user as it is.
-        return expected if expected is not None else self._forward(*args, **kwargs)
+        return expected if expected is not None else self._plain(args, kwargs)
 
-    def _capture(self, graph: _Graph, leaves: list[Any]) -> tuple[Any, str]:
+    def _replay(self, entry: _Entry, leaves: list[Any]) -> tuple[Any, str]:
+        assert entry.run is not None
+        self.counts.replays += 1
+        self.counts.padded += isinstance(entry.run, _Padded)
+        try:
+            return entry.run(leaves), ""
+        except NotCapturable as reason:
+            return None, str(reason)
+
+    def _capture(self, entry: _Entry, leaves: list[Any]) -> tuple[Any, str]:
         """The output of the capturing call, or why there is none."""
+        assert isinstance(entry.run, _Graph | _Compiled)
+        self._make_room(self._config.max_graphs - 1)
+        before = self._memory_in_use()
         GraphedForward._capturing = True
         try:
-            with _habana.capture_undisturbed():
-                output = graph(leaves)
-        except BaseException as error:
-            _habana.reset_capture(error)
-            if not isinstance(error, Exception):
-                raise
-            return None, f"capturing it failed ({type(error).__name__}: {error})"
+            with entry.run.capturing():
+                output = entry.run(leaves)
+        except Exception as error:
+            what = "capturing" if self._is_graph else "compiling"
+            return None, f"{what} it failed ({type(error).__name__}: {error})"
         finally:
             GraphedForward._capturing = False
-        graph.captured = True
+        entry.captured = True
+        entry.nbytes = max(0, self._memory_in_use() - before)
+        self.counts.captures += 1
+        self._make_room(self._config.max_graphs)
         return output, ""
+
+    def _memory_in_use(self) -> int:
+        if self._config.graph_memory is None or not self._is_graph:
+            return 0
+        return int(_habana.memory_stats(self._device)["InUse"])
+
+    def _make_room(self, graphs: int) -> None:
+        """Drop the graphs that were used least recently until the bounds hold."""
+        held = [(key, entry) for key, entry in self._entries.items() if entry.holds_graph]
+        total = sum(entry.nbytes for _, entry in held)
+        budget = self._config.graph_memory
+        while held and (len(held) > graphs or (budget is not None and total > budget)):
+            key, entry = held.pop(0)
+            total -= entry.nbytes
+            self.counts.evictions += 1
+            self._forget(key)
+
+    def _forget(self, key: GraphKey) -> None:
+        """Drop a graph, with the paddings that rest on it."""
+        if self._is_graph:
+            _habana.synchronize()  # Its last replay may still be running.
+        gone = self._entries.pop(key)
+        for other, entry in list(self._entries.items()):
+            if isinstance(entry.run, _Padded) and entry.run.graph is gone:
+                del self._entries[other]
+
+    def _remember(self, key: GraphKey, entry: _Entry) -> None:
+        self._entries[key] = entry
+        if len(self._entries) > _MAX_KEYS:
+            oldest = next(iter(self._entries))
+            self.counts.evictions += self._entries[oldest].holds_graph
+            self._forget(oldest)
+
+    def _look_for_data_among_values(self, key: GraphKey) -> None:
+        if "values" in self._warned or not key.values:
+            return
+        alike = [other.values for other in self._entries if other.without_values == key.without_values]
+        if len(alike) + 1 >= _MANY_VALUES:
+            self._warned.add("values")
+            examples = [
+                found[0] if len(found) == 1 else found
+                for found in (
+                    tuple(value for place, value in enumerate(values) if len({each[place] for each in alike}) > 1)
+                    for values in alike
+                )
+            ]
+            rank_zero_warn(
+                f"The network `{self.name}` is given Python values that keep changing ({_listed(examples)}, ...). Each"
+                " needs a graph of its own. Pass them as tensors, or do not pass them to the network."
+            )
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            rank_zero_warn(f"The network `{self._name}` runs without an HPU graph: {reason}.")
+            what = "an HPU graph" if self._is_graph else "torch.compile"
+            rank_zero_warn(f"The network `{self.name}` runs without {what}: {reason}.")
+
+
+def _listed(examples: Iterable[object]) -> str:
+    return ", ".join(map(repr, examples))
 
 
 def _unfit(module: nn.Module) -> str:
@@ -255,7 +466,7 @@ def _unfit(module: nn.Module) -> str:
 
 def _difference(output: Any, expected: Any) -> str:
     """How two results differ, or nothing. Waits for the device."""
-    (leaves, structure), (others, other_structure) = tree_flatten(output), tree_flatten(expected)
+    (leaves, structure), (others, other_structure) = flatten(output), flatten(expected)
     if structure != other_structure:
         return "its structure changes"
     for one, other in zip(leaves, others, strict=True):
@@ -273,73 +484,3 @@ def _difference(output: Any, expected: Any) -> str:
         if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True):
             return f"largest difference {float((one - other).abs().max()):.3g}, largest value {scale:.3g}"
     return ""
-
-
-class NetworkGraphs:
-    """The graphs of all networks that a step calls.
-
-    The networks are found by watching the first step: the outermost modules that it calls, if they have weights.
-    The step itself is never captured, since its batch index would make every batch a graph of its own.
-
-    Args:
-        root: The module whose step is run; it names the networks in messages.
-        config: `max_graphs` and `verify_graphs` are used.
-    """
-
-    def __init__(self, root: nn.Module, config: InferenceConfig) -> None:
-        self._root = root
-        self._config = config
-        self._networks: list[nn.Module] | None = None
-        self._shadowed: list[tuple[nn.Module, object]] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Surround each step with this. The first is watched and runs plainly; its networks are graphs afterwards."""
-        if self._networks is not None:
-            yield
-            return
-        with outermost_calls() as called:
-            yield
-        self._networks = _networks(called)
-        if not self._networks:
-            rank_zero_warn(
-                "`hpu_graphs=True` has no effect: `predict_step` calls no module with weights. Call your network as a"
-                " module (`self.model(x)`), not through its methods or functions."
-            )
-        names = {module: name for name, module in self._root.named_modules()}
-        for module in self._networks:
-            self._wrap(module, names.get(module) or type(module).__name__)
-
-    def restore(self) -> None:
-        """Give every network its own `forward` back and release the graphs."""
-        for module, own in reversed(self._shadowed):
-            if own is None:
-                del module.forward
-            else:
-                module.__dict__["forward"] = own
-        self._shadowed.clear()
-        self._networks = None
-
-    def _wrap(self, module: nn.Module, name: str) -> None:
-        if hasattr(module.forward, "hpu_infer_graphed"):
-            raise RuntimeError(f"`{name}` is in use by another pipeline already. Close that one first.")
-        graphed = GraphedForward(module, name, self._config)
-
-        @functools.wraps(module.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return graphed(*args, **kwargs)
-
-        vars(forward)["hpu_infer_graphed"] = True
-        self._shadowed.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
-
-
-def _networks(called: list[nn.Module]) -> list[nn.Module]:
-    distinct = list(dict.fromkeys(called))
-    inner = {child for module in distinct for child in module.modules() if child is not module}
-    return [
-        module
-        for module in distinct
-        # A metric keeps its state in Python, which a replay would not update.
-        if module not in inner and not isinstance(module, Metric) and any(True for _ in module.parameters())
-    ]

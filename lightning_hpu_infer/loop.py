@@ -1,7 +1,7 @@
 """The Lightning side of pipelined prediction: hooks and bookkeeping around the engine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,14 +11,19 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.utilities import _no_grad_context
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, default_convert
+from tqdm.auto import tqdm
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput
-from lightning_hpu_infer.hooks import BatchHooks, pulls_batches
-from lightning_hpu_infer.pipeline import DeviceStep, InFlight
+from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches
+from lightning_hpu_infer.networks import NetworkGraphs
+from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
+from lightning_hpu_infer.reorder import Reordered
 from lightning_hpu_infer.transfer import own, stage
 
 _HOST = torch.device("cpu")
@@ -41,6 +46,7 @@ class _Batch:
     batch_idx: int
     dataloader_idx: int
     is_last: bool
+    lengths: Lengths | None = None
     store: bool = False
     hook_args: tuple[Any, ...] = ()
     moment: _Moment | None = None
@@ -50,6 +56,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
     """Lightning's prediction loop with several batches under way at once."""
 
     config: InferenceConfig
+    _graphs: NetworkGraphs | None  # kept from run to run
+    _buckets: Buckets | None  # likewise
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
     _combined_loader: Any
@@ -62,14 +70,48 @@ class PipelinedPredictionLoop(_PredictionLoop):
         `return_predictions`, totals of earlier runs (Lightning `trainer.py`).
         """
         loop.__class__ = cls
-        loop.__dict__["config"] = config
+        state = loop.__dict__
+        if state.get("config") is not config:
+            state.update(config=config, _graphs=None, _buckets=Buckets(config) if config.bucket_lengths else None)
+
+    def release_graphs(self) -> None:
+        """Free the device memory that graphs hold between runs."""
+        self._graphs = None
 
     def run(self) -> Any:
         """Predict every batch. Without `pipelining` this is stock Lightning's loop."""
         # A step that pulls its own batches cannot be fed ahead.
         pipelined = self.config.pipelining and not pulls_batches(self.trainer.lightning_module)
-        with self._on_device(stages=self._stages and not pipelined):
+        with self._on_device(prepares=not pipelined):
             return self._run_pipelined() if pipelined else super().run()
+
+    def setup_data(self) -> None:
+        """Make the dataloaders, and put their samples in order of length if asked to."""
+        super().setup_data()
+        by = self.config.group_by_length
+        self._reordered = []
+        if by is not None and not self.skip:
+            loaders = zip(self._combined_loader.flattened, self.max_batches, strict=True)
+            self._reordered = [Reordered(loader, batches, by) for loader, batches in loaders]
+        if self._buckets is not None:
+            self._buckets.start([], grouped=by is not None)
+
+    def reset(self) -> None:
+        """Begin a run."""
+        super().reset()
+        if self._reordered:
+            # Stock Lightning's loop only appends to each of them.
+            self._predictions = list[Any](self._reordered)
+
+    def on_run_end(self) -> Any:
+        """End a run: everything that a hook or the user sees of it is in the dataset's order again."""
+        if self._reordered:
+            self._predictions = [loader.predictions() for loader in self._reordered]
+            if any(self.epoch_batch_indices):
+                self.epoch_batch_indices = [loader.batch_indices() for loader in self._reordered]
+        if self._graphs is not None and self._graphs.counts.captures:
+            rank_zero_info(str(self._graphs.counts))
+        return super().on_run_end()
 
     @property
     def _stages(self) -> bool:
@@ -103,7 +145,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         with Prefetcher(self._prepared_batches(), self._depth(), mode) as prepared:
+            warm = not self.config.warm_up
             while (item := self._next(prepared, in_flight)) is not None:
+                if not warm:
+                    warm = True
+                    self._warm_up(item)
                 if item.dataloader_idx != loader:
                     # Progress bars start anew with a loader's first start hook.
                     self._drain(in_flight)
@@ -141,7 +187,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
         trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
         assert fetcher is not None
-        stages, owns = self._stages, [_may_reuse_memory(loader) for loader in self._combined_loader.flattened]
+        stages, buckets = self._stages, self._buckets
+        owns = [_may_reuse_memory(loader) for loader in self._combined_loader.flattened]
 
         def prepare(fetched: tuple[Any, int, int]) -> _Batch:
             batch, batch_idx, dataloader_idx = fetched
@@ -149,7 +196,10 @@ class PipelinedPredictionLoop(_PredictionLoop):
             if owns[dataloader_idx]:
                 batch = own(batch)
             batch = hooks.before_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx)
-            return _Batch(stage(batch) if stages else batch, batch_idx, dataloader_idx, is_last)
+            lengths = None
+            if buckets is not None:
+                batch, lengths = buckets.pad(batch)
+            return _Batch(stage(batch) if stages else batch, batch_idx, dataloader_idx, is_last, lengths)
 
         # `iter(fetcher)` would start the dataloaders again.
         return map(prepare, iter(partial(next, fetcher), None))
@@ -175,6 +225,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         progress.increment_processed()
 
         if not self.config.defer_hooks:
+            output = self._cut(output, item.lengths)
             self._end(item, output)
             return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store)
         item.moment = self._moment()
@@ -183,6 +234,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     def _retire(self, item: _Batch, output: Any) -> None:
         """Finish the oldest batch, whose output has arrived."""
         if item.moment is not None:
+            output = self._cut(output, item.lengths)
             # Later batches were launched since. `BasePredictionWriter` reads the indices, and other callbacks the
             # counters, from the loop when they are called. After an error the earlier moment stays in view.
             newest = self._moment()
@@ -191,6 +243,32 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._show(newest)
         if item.store:
             self._predictions[item.dataloader_idx].append(move_data_to_device(output, _HOST))
+
+    def _cut(self, output: Any, lengths: Lengths | None) -> Any:
+        return output if self._buckets is None or lengths is None else self._buckets.cut(output, lengths)
+
+    def _warm_up(self, item: _Batch) -> None:
+        """Run the step with the first batch in every bucket, so that each has its graph before the run begins.
+
+        No hook but those of the transfer sees it, and its outputs are dropped.
+        """
+        hooks, buckets = self._hooks, self._buckets
+        assert buckets is not None
+        chosen = buckets.chosen or []
+        if not chosen:
+            rank_zero_warn(
+                "`warm_up=True`: the buckets are not known before the first run, so there are none to warm up."
+            )
+        # Watched, captured, and each replay that is verified.
+        times = 2 + self.config.verify_graphs
+        quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
+        args = (item.batch_idx, item.dataloader_idx) if self.num_dataloaders > 1 else (item.batch_idx,)
+        with torch.random.fork_rng(devices=[]):
+            for length in tqdm(chosen[::-1], desc="Warming up", unit="bucket", disable=quiet):
+                batch = own(buckets.spec.pad(buckets.spec.narrow(item.batch, length), length))
+                for _ in range(times):
+                    host = stage(batch) if self._stages else batch
+                    hooks.step(hooks.to_device(host, item.dataloader_idx), *args)
 
     def _end(self, item: _Batch, output: Any) -> None:
         self._hooks.end(output, *item.hook_args)
@@ -217,28 +295,58 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.trainer.profiler.stop(_FETCH_SPAN)
 
     @contextmanager
-    def _on_device(self, *, stages: bool) -> Iterator[None]:
-        """Put graphs and step markers into the strategy's `predict_step`, and staging into its `batch_to_device`.
+    def _on_device(self, *, prepares: bool) -> Iterator[None]:
+        """Put graphs and step markers into the strategy's `predict_step`.
 
         They are shadowed on the object, so that this works with whichever strategy there is.
+
+        Args:
+            prepares: Whether the strategy also pads and stages, because no thread does.
         """
-        strategy, module = self.trainer.strategy, self.trainer.lightning_module
+        strategy = self.trainer.strategy
         if "predict_step" in vars(strategy):
             # A run inside a run, as of `BatchSizeFinder`.
             yield
             return
-        step = DeviceStep(strategy.predict_step, module, strategy.root_device, self.config)
+        graphs = self._graphs_of_run()
+        step = DeviceStep(strategy.predict_step, strategy.root_device, graphs)
         shadows: dict[str, Any] = {"predict_step": step}
-        if stages:
-            move = strategy.batch_to_device
-            shadows["batch_to_device"] = lambda batch, *args, **kwargs: move(stage(batch), *args, **kwargs)
+        if prepares and (self._stages or self._buckets is not None):
+            shadows = self._preparing(strategy.batch_to_device, step)
         vars(strategy).update(shadows)
         try:
-            yield
+            with graphs.attached() if graphs is not None else nullcontext():
+                yield
         finally:
             for name in shadows:
                 delattr(strategy, name)
-            step.close()
+
+    def _graphs_of_run(self) -> NetworkGraphs | None:
+        """The graphs of the run before if they are of use, else none yet."""
+        module, device = self.trainer.lightning_module, self.trainer.strategy.root_device
+        kind = graph_kind(device, self.config)
+        if kind is None:
+            self._graphs = None
+        elif self._graphs is None or not self._graphs.serve(module, device, self.config, kind):
+            self._graphs = None  # before there are new ones
+            self._graphs = NetworkGraphs(module, device, self.config, kind)
+        return self._graphs
+
+    def _preparing(self, move: Hook, step: Hook) -> dict[str, Hook]:
+        """A strategy's `batch_to_device` and `predict_step` with what the prefetching thread does otherwise."""
+        lengths: list[Lengths] = []
+
+        def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._buckets is not None:
+                batch, padded = self._buckets.pad(batch)
+                lengths[:] = [padded]
+            return move(stage(batch) if self._stages else batch, *args, **kwargs)
+
+        def predict_step(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            return self._cut(output, lengths.pop()) if lengths else output
+
+        return {"batch_to_device": batch_to_device, "predict_step": predict_step}
 
 
 # Stock Lightning's name, which its own tools and users' filters look for.

@@ -2,18 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from contextlib import ExitStack, nullcontext
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput
-from lightning_hpu_infer.graphs import NetworkGraphs
+from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.transfer import stage
 
@@ -63,30 +63,18 @@ class InFlight(Generic[T]):
 
 
 class DeviceStep:
-    """Calls a step so that its networks run as HPU graphs and all that it enqueued is launched.
+    """Calls a step so that its networks run as graphs and all that it enqueued is launched.
 
     Args:
         step: What to call per batch.
-        root: The module whose networks the step calls.
-        device: Where the step runs. Anywhere but on an HPU the step is just called.
-        config: `hpu_graphs`, `max_graphs` and `verify_graphs` are used.
+        device: Where the step runs.
+        graphs: Those of the networks that the step calls, attached; None runs them plainly.
     """
 
-    def __init__(
-        self, step: Callable[..., Any], root: nn.Module, device: torch.device, config: InferenceConfig
-    ) -> None:
+    def __init__(self, step: Callable[..., Any], device: torch.device, graphs: NetworkGraphs | None) -> None:
         self._step = step
         self._on_hpu = device.type == _habana.DEVICE_TYPE
-        self._graphs = None
-        if self._on_hpu and config.hpu_graphs:
-            if _habana.is_lazy():
-                self._graphs = NetworkGraphs(root, config)
-            else:
-                # In eager mode the bridge captures nothing and would return the first batch's outputs for ever.
-                rank_zero_warn(
-                    "`hpu_graphs=True` has no effect: HPU graphs exist in lazy mode only. Set PT_HPU_LAZY_MODE=1 before"
-                    " Python starts, or pass `hpu_graphs=False`."
-                )
+        self._graphs = graphs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Enqueue the step and launch it; does not wait for the device."""
@@ -96,10 +84,27 @@ class DeviceStep:
             _habana.mark_step()
         return output
 
-    def close(self) -> None:
-        """Undo what was done to the networks."""
-        if self._graphs is not None:
-            self._graphs.restore()
+
+def graph_kind(device: torch.device, config: InferenceConfig) -> Literal["hpu_graph", "hpu_backend", "inductor"] | None:
+    """What `hpu_graphs` means on a device: HPU graphs, a backend of `torch.compile`, or nothing.
+
+    Raises:
+        MisconfigurationException: If the device's mode cannot do what was asked for.
+    """
+    asked = config.hpu_graphs
+    if asked is False:
+        return None
+    if device.type != _habana.DEVICE_TYPE:
+        return "inductor" if asked == "compile" else None
+    # In eager mode the bridge captures nothing and would return the first batch's outputs for ever.
+    lazy = _habana.is_lazy()
+    if asked == ("compile" if lazy else "hpu_graph"):
+        mode, other = ("lazy", "0") if lazy else ("eager", "1")
+        raise MisconfigurationException(
+            f"`hpu_graphs={asked!r}` is not possible in {mode} mode. Set PT_HPU_LAZY_MODE={other} before Python starts,"
+            " or pass `hpu_graphs=True`, which does what the mode can."
+        )
+    return "hpu_graph" if lazy else "hpu_backend"
 
 
 class InferencePipeline:
@@ -127,7 +132,13 @@ class InferencePipeline:
     ) -> None:
         self.config = config if config is not None else InferenceConfig()
         self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
-        self._step = DeviceStep(model.eval().to(self.device), model, self.device, self.config)
+        kind = graph_kind(self.device, self.config)
+        model = model.eval().to(self.device)
+        graphs = NetworkGraphs(model, self.device, self.config, kind) if kind else None
+        self._attached = ExitStack()
+        if graphs is not None:
+            self._attached.enter_context(graphs.attached())
+        self._step = DeviceStep(model, self.device, graphs)
         self._depth = self.config.in_flight if self.config.pipelining else 0
         self._pushed = InFlight(self._launch, self._depth)
         self._closed = False
@@ -145,7 +156,7 @@ class InferencePipeline:
         """Forget what was pushed, release the graphs and give the model its own `forward` back."""
         self._closed = True
         self._pushed.clear()
-        self._step.close()
+        self._attached.close()
 
     def push(self, batch: Any) -> None:
         """Launch a batch of host tensors. Does not wait for the device.

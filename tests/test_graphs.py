@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, emulator
-from lightning_hpu_infer.graphs import GraphedForward, GraphKey, NetworkGraphs, NotCapturable
+from lightning_hpu_infer.graphs import GraphedForward
+from lightning_hpu_infer.networks import NetworkGraphs
+from lightning_hpu_infer.signature import GraphKey, NotCapturable
 from tests.helpers import Broken, BrokenStep, Net, Rows, assert_equal, assert_like_stock, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -18,7 +20,7 @@ HPU = torch.device("hpu", 0)
 
 
 def key(*args: Any, **kwargs: Any) -> GraphKey:
-    return GraphKey.of(nn.Identity(), args, kwargs)[0]
+    return GraphKey.of(nn.Identity(), args, kwargs, "hpu")[0]
 
 
 def hpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,12 +60,12 @@ def test_rule_4_keys_tell_apart_what_the_bridge_does_not() -> None:
 
 def test_rule_4_modes_are_part_of_the_key() -> None:
     x, module = hpu(2), nn.Identity()
-    keys = [GraphKey.of(module, (x,), {})[0]]
+    keys = [GraphKey.of(module, (x,), {}, "hpu")[0]]
     with torch.inference_mode():
-        keys.append(GraphKey.of(module, (x,), {})[0])
+        keys.append(GraphKey.of(module, (x,), {}, "hpu")[0])
     with torch.autocast("hpu", dtype=torch.bfloat16):
-        keys.append(GraphKey.of(module, (x,), {})[0])
-    keys.append(GraphKey.of(module.eval(), (x,), {})[0])
+        keys.append(GraphKey.of(module, (x,), {}, "hpu")[0])
+    keys.append(GraphKey.of(module.eval(), (x,), {}, "hpu")[0])
     assert len(set(keys)) == 4
 
 
@@ -248,16 +250,15 @@ def test_rule_12_an_error_in_the_capturing_call_costs_the_graph_not_the_batch() 
 def test_rule_12_ctrl_c_in_a_capture() -> None:
     module = Net()
     module.net = FailsOnce(KeyboardInterrupt)  # type: ignore[assignment]
-    graphs = NetworkGraphs(module, InferenceConfig())
+    graphs = NetworkGraphs(module, HPU, InferenceConfig(), "hpu_graph")
     x = Rows().rows[:2].to(HPU)
     module.to(HPU).eval()
     with torch.inference_mode():
-        with graphs.step():
+        with pytest.raises(KeyboardInterrupt), graphs.attached():
+            with graphs.step():
+                module.net(x)
             module.net(x)
-        module.net(x)
-        with pytest.raises(KeyboardInterrupt):
             module.net(x)
-        graphs.restore()
         assert not GraphedForward._capturing
         # A dry run that was still on would answer with poison.
         assert_equal((x + 1).cpu(), Rows().rows[:2] + 1)
@@ -285,11 +286,23 @@ def test_rule_12_an_old_graph_that_becomes_garbage_does_not_end_a_capture() -> N
     assert emulator.stats().replays == 4
 
 
-def test_graphs_are_released_at_the_end_of_a_run_without_the_garbage_collector() -> None:
+def test_graphs_are_released_with_the_trainer() -> None:
+    predict(HPUInferenceAccelerator(), Net(), rows(12, 2))
+    gc.collect()
+    assert emulator.stats().bytes_in_use == 0
+
+
+def test_another_kind_of_run_releases_the_graphs_without_the_garbage_collector() -> None:
+    class Tested(Net):
+        def test_step(self, batch: Tensor, batch_idx: int) -> None: ...
+
+    one, module = trainer(HPUInferenceAccelerator()), Tested()
+    one.predict(module, rows(12, 2))
     gc.collect()
     gc.disable()
     try:
-        predict(HPUInferenceAccelerator(), Net(), rows(12, 2))
+        assert emulator.stats().bytes_in_use > 0
+        one.test(module, rows(2, 2), verbose=False)
         assert emulator.stats().bytes_in_use == 0
     finally:
         gc.enable()
@@ -372,14 +385,6 @@ def test_rule_10_device_memory_is_bounded_whatever_the_number_of_batches() -> No
     # A queue without a bound would hold the 180 further batches; when the device frees a few of them is its affair.
     batch_bytes = 4 * (2 * 4 + 2 * 3)
     assert peaks[1] - peaks[0] < 12 * batch_bytes
-
-
-def test_in_eager_mode_there_are_no_graphs() -> None:
-    emulator.uninstall()
-    emulator.install(emulator.EmulatorConfig(lazy=False))
-    with pytest.warns(UserWarning, match="`hpu_graphs=True` has no effect: .* lazy mode"):
-        assert_like_stock(HPUInferenceAccelerator(), Net(), rows(12, 2))
-    assert emulator.stats().captures == 0
 
 
 def test_a_network_in_a_dataset_is_not_taken_for_one_of_the_step() -> None:

@@ -178,12 +178,12 @@ def test_every_shape_that_comes_back_is_a_graph() -> None:
     assert (stats.captures, stats.replays) == (2, 2 + 3)
 
 
-def test_more_input_shapes_than_max_graphs_run_plainly() -> None:
-    lengths = [torch.randn(n, 4) for n in (1, 2, 3, 4, 2, 3, 4, 2)]
-    with pytest.warns(UserWarning, match="`net` runs without an HPU graph: it has 2 graphs already"):
-        stats = counted({"max_graphs": 2}, loader=DataLoader(lengths, batch_size=None))  # type: ignore[arg-type]
-    assert stats.captures == 2
-    assert stats.replays == 3  # shapes 2, 3, 2 when they come again; shape 4 and each first time run plainly
+def test_more_input_shapes_than_max_graphs_push_out_the_least_recently_used() -> None:
+    lengths = [torch.randn(n, 4) for n in (1, 2, 3, 1, 2, 1, 3, 1, 2, 2)]
+    stats = counted({"max_graphs": 2, "verify_graphs": 0}, loader=DataLoader(lengths, batch_size=None))  # type: ignore[arg-type]
+    # The first step finds the network; 2, 3 and 1 run plainly; 2 and 1 are captured, then 3 in place of 2; 1 is replayed;
+    # 2 is new again and runs plainly, then is captured in place of 3.
+    assert (stats.captures, stats.replays) == (4, 4 + 1)
 
 
 def test_like_stock_on_the_cpu_with_every_flag_alone() -> None:

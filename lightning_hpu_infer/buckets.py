@@ -1,0 +1,95 @@
+"""Batches of many lengths on few: padded to buckets on the host, their outputs cut back."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.shapes import PadSpec, best_buckets, bucket_of
+
+# Batches to look at before "auto" chooses, where their lengths are not known beforehand.
+OBSERVED_BATCHES = 64
+
+
+class Lengths(NamedTuple):
+    """A batch's length before and after padding."""
+
+    real: int
+    padded: int
+
+
+class Buckets:
+    """Pads each batch to the smallest bucket that holds it.
+
+    With "auto" and lengths that nobody knows, the first batches are only padded to a multiple, and the buckets chosen
+    from their lengths. Those of a run are remembered for the next.
+
+    Args:
+        config: `bucket_lengths`, `pad_spec`, `num_buckets` and `bucket_multiple` are used.
+    """
+
+    def __init__(self, config: InferenceConfig) -> None:
+        assert isinstance(config.pad_spec, PadSpec)
+        self.spec = config.pad_spec
+        self._config = config
+        self.chosen: list[int] | None = None
+        """The buckets, ascending; None while "auto" still observes."""
+        if config.bucket_lengths is not None and config.bucket_lengths != "auto":
+            self.chosen = list(config.bucket_lengths)
+        self._seen: list[int] = []
+        self._in_order = True
+        self._warned = False
+        self.real = self.padded = 0
+        """Totals of the run: lengths of its batches before and after padding."""
+
+    def start(self, expected: Iterable[int], *, grouped: bool) -> None:
+        """Begin a run.
+
+        Args:
+            expected: Lengths of the run's batches, if they are known.
+            grouped: Whether the batches come in the order of their lengths, so that the first tell nothing of others.
+        """
+        self.real = self.padded = 0
+        self._in_order = not grouped
+        lengths = [*expected] or self._seen
+        if self.chosen is None and lengths:
+            self._choose(lengths)
+
+    def pad(self, batch: Any) -> tuple[Any, Lengths]:
+        """The batch, padded. For any thread, and host tensors.
+
+        Raises:
+            KeyError: If the batch has not what `pad_spec` names.
+            ValueError: If the tensors that `pad_spec` names differ in length.
+        """
+        length = self.spec.length_of(batch)
+        if self._config.bucket_lengths == "auto" and self.chosen is None:
+            self._seen.append(length)
+            if self._in_order and len(self._seen) > OBSERVED_BATCHES:
+                self._choose(self._seen)
+        lengths = Lengths(length, self._bucket_of(length))
+        self.real += lengths.real
+        self.padded += lengths.padded
+        return self.spec.pad(batch, lengths.padded), lengths
+
+    def cut(self, output: Any, lengths: Lengths) -> Any:
+        """An output as it would be of the batch before padding. On any device."""
+        return output if lengths.real == lengths.padded else self.spec.cut(output, lengths.real, lengths.padded)
+
+    def _bucket_of(self, length: int) -> int:
+        if (bucket := bucket_of(length, self.chosen or [])) is not None:
+            return bucket
+        if self._config.bucket_lengths == "auto":
+            return -(-length // self._config.bucket_multiple) * self._config.bucket_multiple
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"A batch of length {length} is longer than the largest of `bucket_lengths`, {max(self.chosen or [0])}:"
+                " it is not padded. Such lengths get graphs of their own; add a bucket for them."
+            )
+        return length
+
+    def _choose(self, lengths: list[int]) -> None:
+        self.chosen = best_buckets(lengths, self._config.num_buckets, self._config.bucket_multiple)
+        rank_zero_info(f"`bucket_lengths='auto'` chose {self.chosen} from {len(lengths)} batches.")
