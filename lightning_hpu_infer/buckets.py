@@ -60,8 +60,7 @@ class Buckets:
         """The batch, padded. For any thread, and host tensors.
 
         Raises:
-            KeyError: If the batch has not what `pad_spec` names.
-            ValueError: If the tensors that `pad_spec` names differ in length.
+            ValueError: If the batch has not what `pad_spec` names, or its tensors differ in length.
         """
         length = self.spec.length_of(batch)
         if self._config.bucket_lengths == "auto" and self.chosen is None:

@@ -387,14 +387,19 @@ class GraphedForward:
         finally:
             GraphedForward._capturing = False
         entry.captured = True
-        entry.nbytes = max(0, self._memory_in_use() - before)
         self.counts.captures += 1
+        entry.nbytes = max(0, self._memory_in_use() - before)
+        if self._config.graph_memory is not None and entry.nbytes > self._config.graph_memory:
+            return None, f"it alone takes {entry.nbytes} bytes, and `graph_memory` is {self._config.graph_memory}"
         self._make_room(self._config.max_graphs)
         return output, ""
 
     def _memory_in_use(self) -> int:
+        """Bytes, if anybody asks: waits for the device."""
         if self._config.graph_memory is None or not self._is_graph:
             return 0
+        _habana.mark_step()
+        _habana.synchronize()
         return int(_habana.memory_stats(self._device)["InUse"])
 
     def _make_room(self, graphs: int) -> None:

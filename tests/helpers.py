@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_hpu_infer import HPUInferenceAccelerator
 
-ALL_OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
+ALL_OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 
 
 class Net(LightningModule):

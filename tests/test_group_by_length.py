@@ -1,0 +1,179 @@
+"""`group_by_length`: batches of like lengths; whatever the user sees is in the dataset's order."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+
+from lightning_hpu_infer import HPUInferenceAccelerator
+from tests.helpers import Net, Writer, assert_equal, predict, trainer
+
+WORDS = [1 + (5 * i) % 13 for i in range(23)]
+
+
+class Sentences(Dataset[dict[str, Any]]):
+    """Sample i has `WORDS[i]` words, all of them i."""
+
+    def __len__(self) -> int:
+        return len(WORDS)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"words": [float(index)] * WORDS[index], "index": index}
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    longest = max(len(sample["words"]) for sample in samples)
+    words = [sample["words"] + [0.0] * (longest - len(sample["words"])) for sample in samples]
+    return {"words": torch.tensor(words), "length": torch.tensor([len(sample["words"]) for sample in samples])}
+
+
+def loader(dataset: Any = None, batch_size: int = 4, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(dataset or Sentences(), batch_size=batch_size, collate_fn=collate, **kwargs)
+
+
+class Mean(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded: list[int] = []
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self.padded.append(batch["words"].shape[1])
+        mean = batch["words"].sum(1) / batch["length"]
+        return {"mean": mean, "names": [f"sample {value:.0f}" for value in mean.tolist()], "nothing": None}
+
+
+BY: list[Any] = ["words", lambda sample: len(sample["words"]), WORDS]
+
+
+@pytest.mark.parametrize("by", BY, ids=["key", "function", "lengths"])
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_predictions_are_in_the_datasets_order(pipelining: bool, by: Any) -> None:
+    module = Mean()
+    expected = predict("cpu", copy.deepcopy(module), loader())
+    assert_equal(
+        predict(HPUInferenceAccelerator(group_by_length=by, pipelining=pipelining), module, loader()), expected
+    )
+    longest_first = sorted(WORDS, reverse=True)
+    assert module.padded == [longest_first[start] for start in range(0, len(WORDS), 4)]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_on_the_emulated_hpu_twice() -> None:
+    ours = trainer(HPUInferenceAccelerator(group_by_length="words", hpu_graphs=False))
+    expected = predict("cpu", Mean(), loader())
+    for _ in range(2):
+        assert_equal(ours.predict(Mean(), loader()), expected)
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_writers_get_the_samples_of_each_batch_and_all_of_them_in_order(pipelining: bool) -> None:
+    stock, ours = Writer("batch_and_epoch"), Writer("batch_and_epoch")
+
+    class Only(Mean):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return super().predict_step(batch, batch_idx)["mean"]
+
+    predict("cpu", Only(), loader(), callbacks=[stock])
+    accelerator = HPUInferenceAccelerator(group_by_length="words", pipelining=pipelining)
+    predict(accelerator, Only(), loader(), callbacks=[ours])
+    assert ours.epoch[1] == stock.epoch[1]
+    assert_equal(ours.epoch[0], stock.epoch[0])
+    # Per batch: what was predicted together, with its own indices.
+    assert [batch_idx for _, batch_idx, _, _ in ours.batches] == list(range(6))
+    for _, _, indices, prediction in ours.batches:
+        assert_equal(prediction, torch.tensor([float(i) for i in indices]))
+    assert sorted(i for _, _, indices, _ in ours.batches for i in indices) == list(range(len(WORDS)))
+
+
+def test_several_dataloaders() -> None:
+    loaders = [loader(), loader(Subset(Sentences(), [5, 2, 9, 1, 7]), batch_size=2)]
+    expected = predict("cpu", Mean(), loaders)
+    assert_equal(predict(HPUInferenceAccelerator(group_by_length="words"), Mean(), loaders), expected)
+
+
+def test_a_sampler_that_repeats_and_reorders() -> None:
+    order = [3, 3, 0, 20, 7, 3, 1]
+    loaders = loader(sampler=order)
+    expected = predict("cpu", Mean(), loaders)
+    assert_equal(predict(HPUInferenceAccelerator(group_by_length="words"), Mean(), loaders), expected)
+
+
+@pytest.mark.parametrize("limit", [2, 0.5])
+def test_a_limit_takes_the_samples_that_stock_takes(limit: float) -> None:
+    expected = predict("cpu", Mean(), loader(), limit_predict_batches=limit)
+    accelerator = HPUInferenceAccelerator(group_by_length="words")
+    assert_equal(predict(accelerator, Mean(), loader(), limit_predict_batches=limit), expected)
+
+
+def test_worker_processes() -> None:
+    loaders = loader(num_workers=1)
+    expected = predict("cpu", Mean(), loader())
+    assert_equal(predict(HPUInferenceAccelerator(group_by_length=WORDS), Mean(), loaders), expected)
+
+
+def test_without_stored_predictions_nothing_is_kept() -> None:
+    module = Mean()
+    ours = trainer(HPUInferenceAccelerator(group_by_length="words"))
+    assert ours.predict(module, loader(), return_predictions=False) is None
+    assert len(module.padded) == 6
+
+
+def test_the_users_dataloader_stays_as_it_was() -> None:
+    mine = loader()
+    predict(HPUInferenceAccelerator(group_by_length="words"), Mean(), mine)
+    assert_equal(predict("cpu", Mean(), mine), predict("cpu", Mean(), loader()))
+
+
+def test_an_output_that_cannot_be_split_is_refused_at_the_first_batch() -> None:
+    class Total(Mean):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return super().predict_step(batch, batch_idx)["mean"].sum()
+
+    module = Total()
+    with pytest.raises(ValueError, match=r"tensor of shape \(\)"):
+        predict(HPUInferenceAccelerator(group_by_length="words"), module, loader())
+    assert len(module.padded) <= 2  # one more was in flight
+
+
+class Endless(IterableDataset[dict[str, Any]]):
+    def __iter__(self) -> Any:
+        return (Sentences()[i] for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("loaders", "error", "message"),
+    [
+        (DataLoader(Endless(), 2), MisconfigurationException, "needs a DataLoader of a map-style dataset"),
+        ([[torch.ones(2)]], MisconfigurationException, "needs a DataLoader of a map-style dataset"),
+        (
+            DataLoader(Sentences(), batch_sampler=type("Own", (BatchSampler,), {})(SequentialSampler(WORDS), 2, False)),
+            MisconfigurationException,
+            "with Own",
+        ),
+        (DataLoader(Sentences(), 2), ValueError, "under 'text'"),
+    ],
+    ids=["iterable dataset", "list", "own batch sampler", "key that is not there"],
+)
+def test_what_cannot_be_grouped_is_refused(loaders: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        predict(HPUInferenceAccelerator(group_by_length="text"), Mean(), loaders)
+
+
+def test_a_flag_of_the_wrong_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="`group_by_length` must be a key, a function or lengths, got 3"):
+        HPUInferenceAccelerator(group_by_length=3)  # type: ignore[arg-type]
+
+
+def test_per_sample_tensors_of_different_lengths_come_back_in_a_list() -> None:
+    class PerToken(Mean):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            rows: list[Tensor] = [row[:n] for row, n in zip(batch["words"], batch["length"].tolist(), strict=True)]
+            return rows
+
+    expected = predict("cpu", PerToken(), loader())
+    assert_equal(predict(HPUInferenceAccelerator(group_by_length="words"), PerToken(), loader()), expected)
