@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lightning_hpu_infer.emulator import runtime, streams
+from lightning_hpu_infer.emulator.compiled import CompiledGraph
 from lightning_hpu_infer.emulator.graph import HPUGraph, mark_user_inputs, view_hash
 from lightning_hpu_infer.emulator.timeline import DeviceSpan
 
@@ -134,6 +136,11 @@ def get_user_input_match_indices(graph: HPUGraph) -> list[int]:
 def count_graph_fallback() -> None:
     """Count a wrapped call that ran without a graph; the real bridge has no such counter."""
     runtime.current().counters.add("graph_fallbacks")
+
+
+def compile_graph(module: torch.fx.GraphModule) -> Callable[..., Sequence[Any]]:
+    """Compile a graph of dynamo's."""
+    return CompiledGraph(module).__call__
 
 
 def memory_stats() -> dict[str, int]:

@@ -63,6 +63,8 @@ class EmulatorStats:
     compiles: int = 0
     programs: int = 0
     """Programs launched on the device, replays included."""
+    compiled_calls: int = 0
+    """Calls of graphs that ``torch.compile`` made for ``hpu_backend``; each is one program unless it needs the host."""
     device_ops: int = 0
     """Ops executed by the compute queue."""
     mark_steps: int = 0

@@ -23,6 +23,7 @@ _NARROW = {torch.int64: torch.int32, torch.float64: torch.float32}
 
 def host_to_device(rt: Runtime, dst: HpuTensor, src: torch.Tensor, *, non_blocking: bool) -> None:
     """Copy `src` into `dst` on the H2D queue; never part of the lazy graph, so a capture sees a constant."""
+    rt.note_host_work()
     storage, spec = dst._cell.storage, dst._spec
     if rt.is_pending(storage):
         rt.flush("h2d")
@@ -83,6 +84,7 @@ def _narrow(src: torch.Tensor) -> torch.Tensor:
 
 def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocking: bool, cause: str) -> None:
     """Copy `src` into `dst`; waits for the producer of `src` only, not for what was queued behind it."""
+    rt.note_host_work()
     # Whatever is pending is launched, not only what `src` depends on (bridge: lazy_kernels.cpp:694-708).
     if rt.is_pending(src._cell.storage):
         rt.flush(cause)

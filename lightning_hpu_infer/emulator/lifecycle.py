@@ -53,6 +53,9 @@ class _Installation:
         device = importlib.import_module(f"{_PACKAGE}.torch.hpu")
         self._undo.callback(Registration(device).undo)
         importlib.import_module(f"{_PACKAGE}.torch.core")
+        if not self.config.lazy:
+            backends = importlib.import_module(f"{_PACKAGE}.torch.dynamo.compile_backend.backends")
+            self._undo.callback(backends._unregister)
         distributed = importlib.import_module(f"{_PACKAGE}.torch.distributed.hccl")
         self._undo.callback(distributed._unregister)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from lightning_hpu_infer.emulator import compiled, pinned, runtime
 from lightning_hpu_infer.emulator import copies as copies  # registers its ops
-from lightning_hpu_infer.emulator import pinned, runtime
 from lightning_hpu_infer.emulator.patches import load_to_hpu, seed_both
 from lightning_hpu_infer.emulator.storage import Spec
 from lightning_hpu_infer.emulator.tensor import HpuTensor, allocate, dispatch, run
@@ -99,6 +99,8 @@ class Registration:
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._undo.append(lambda: torch.__future__.set_overwrite_module_params_on_conversion(before))
+        if not runtime.current().config.lazy:
+            self._make_traceable()
         self._patch(torch.Tensor, "is_hpu", property(lambda tensor: tensor.device.type == "hpu"))
         self._patch(torch, "load", load_to_hpu(torch.load))
         seed = seed_both(torch.manual_seed)
@@ -140,6 +142,26 @@ class Registration:
             "pin_memory",
             lambda tensor, device=None: tensor if _is_pinned(tensor, device) else _pin_memory(tensor, device),
         )
+
+    def _make_traceable(self) -> None:
+        """Let dynamo trace through tensors of the device, and not into the emulator."""
+        from torch._dynamo import trace_rules
+
+        self._patch(HpuTensor, "__tensor_flatten__", compiled.tensor_flatten)
+        self._patch(HpuTensor, "__tensor_unflatten__", staticmethod(compiled.tensor_unflatten))
+        self._patch(HpuTensor, "_is_view", compiled.is_view)
+        # A module would swap its parameters' contents with such tensors, which PyTorch refuses where dynamo has guards.
+        modules: Any = torch.nn.modules.module
+        check = modules.is_traceable_wrapper_subclass
+        self._patch(modules, check.__name__, lambda tensor: not isinstance(tensor, HpuTensor) and check(tensor))
+        before = list(trace_rules.SKIP_DIRS)
+
+        def trace_again() -> None:
+            trace_rules.SKIP_DIRS[:] = before
+            trace_rules._recompile_re()
+
+        trace_rules.add("lightning_hpu_infer.emulator")
+        self._undo.append(trace_again)
 
     def _library(self, namespace: str, key: str) -> Any:
         make: Any = torch.library.Library
@@ -183,7 +205,7 @@ def _autocast(name: str) -> Callable[..., Any]:
 
 
 def _lower(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, HpuTensor):
+    if isinstance(value, torch.Tensor) and value.device.type == "hpu":  # an HpuTensor, or a fake one while tracing
         return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
     if isinstance(value, (list, tuple)):
         return type(value)(_lower(item, dtype) for item in value)
@@ -195,7 +217,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
         return aten._scaled_dot_product_attention_math.default(*args, **kwargs)[0]
     with torch._C._AutoDispatchBelowAutograd():
-        return dispatch(_SDPA, args, kwargs)
+        return _SDPA(*args, **kwargs)
 
 
 def _copy_from(src: torch.Tensor, dst: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

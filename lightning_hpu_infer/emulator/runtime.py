@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class Runtime:
         self.capture = CaptureState()
         self.lock = threading.RLock()
         self.queue = LazyQueue()
+        self.interrupted = False
+        """Whether the host worked on values since the last `gather` began."""
+        self._gathering = 0
+        """The thread that gathers ops into one program though the mode is eager; it holds the lock."""
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.programs: dict[tuple[Any, ...], Program] = {}
         self.compiled: set[tuple[Any, ...]] = set()
@@ -107,9 +112,27 @@ class Runtime:
                 outs.append(queue.define(storage))
                 made.append(Cell(storage))
             queue.steps.append((plan, ins, tuple(outs)))
-            if not self.config.lazy:
+            if not (self.config.lazy or self._gathering):
                 self.flush("")
         return made
+
+    @contextlib.contextmanager
+    def gather(self) -> Iterator[None]:
+        """Queue this thread's ops inside, as in lazy mode; other threads' ops wait. Whoever gathers also flushes."""
+        with self.lock:
+            self.interrupted, self._gathering = False, threading.get_ident()
+            try:
+                yield
+            except BaseException:
+                self.queue = LazyQueue()
+                raise
+            finally:
+                self._gathering = 0
+
+    def note_host_work(self) -> None:
+        """Note something that no program repeats."""
+        if self._gathering == threading.get_ident():
+            self.interrupted = True
 
     def is_pending(self, storage: Storage) -> bool:
         """Tell whether an op that was not launched reads or writes `storage`."""
@@ -136,7 +159,7 @@ class Runtime:
             env: list[Storage | None] = [storage if storage.has_live_cell() else None for storage in queue.storages]
             for register, _ in queue.inputs:
                 env[register] = queue.storages[register]
-        self.launch(program, env, single=not self.config.lazy)
+        self.launch(program, env, single=not (self.config.lazy or self._gathering))
 
     def launch(self, program: Program, env: Sequence[Storage | None], *, single: bool = False) -> Task:
         """Submit a program to the compute queue."""

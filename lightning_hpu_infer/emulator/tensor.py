@@ -235,6 +235,7 @@ def _lift(tensor: torch.Tensor, func: OpOverload) -> HpuTensor:
         return wrap(tensor._cell, tensor._spec)
     if tensor.dim() == 0 or func in _INDEXING:
         # As on other devices: scalars and index tensors may live on the host; a capture freezes them.
+        runtime.current().note_host_work()
         return constant(tensor.detach().clone())
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and"
@@ -257,6 +258,7 @@ def _on_values(
     rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[HpuTensor]
 ) -> Any:
     """Wait for the inputs, run the op, wait for its result."""
+    rt.note_host_work()
     cells = [tensor._cell for tensor in tensors]
     specs = [(cell.spec, tensor._spec) for cell, tensor in zip(cells, tensors, strict=True)]
     if any(rt.is_pending(cell.storage) for cell in cells):

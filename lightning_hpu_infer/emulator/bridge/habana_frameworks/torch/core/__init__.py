@@ -13,6 +13,9 @@ from habana_frameworks.torch.core.quantization import (
 from habana_frameworks.torch.core.step_closure import add_step_closure, iter_mark_step, mark_step
 from habana_frameworks.torch.utils.internal import is_lazy
 
+if not is_lazy():  # in lazy mode there is no backend for torch.compile (bridge: core/__init__.py)
+    import habana_frameworks.torch.dynamo.compile_backend  # noqa: F401
+
 __all__ = [
     "add_step_closure",
     "hpu",

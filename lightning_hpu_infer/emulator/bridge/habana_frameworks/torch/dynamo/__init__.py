@@ -1,0 +1,1 @@
+"""``torch.compile`` in eager mode."""

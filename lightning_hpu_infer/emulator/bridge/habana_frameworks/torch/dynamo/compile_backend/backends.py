@@ -1,0 +1,28 @@
+"""``hpu_backend``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.backends import registry
+
+from habana_frameworks.torch import _hpu_C
+from habana_frameworks.torch.dynamo.compile_backend import config
+
+_NAME = "hpu_backend"
+
+
+def hpu_backend(
+    graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+) -> Callable[..., Sequence[Any]]:
+    """Compile a graph of dynamo's; `options` are names of `config`, a `mode` is accepted."""
+    with config.patch(kwargs.get("options")):
+        return _hpu_C.compile_graph(graph_module)
+
+
+registry.register_backend(hpu_backend, name=_NAME)
+
+
+def _unregister() -> None:
+    registry._COMPILER_FNS.pop(_NAME, None)
+    registry._BACKENDS.pop(_NAME, None)
