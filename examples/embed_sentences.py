@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 QUERIES = ["How do I leave a loop early?", "What happens when a file is not found?", "compare two objects for identity"]
-TECHNIQUES = {
+TECHNIQUES: dict[str, dict[str, Any]] = {
     "stock order": {"hpu_graphs": False, "async_copy": False, "pipelining": False},
     "graphs": {"hpu_graphs": True, "async_copy": False, "pipelining": False},
     "async copies": {"hpu_graphs": False, "async_copy": True, "pipelining": False},

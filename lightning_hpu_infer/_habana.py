@@ -64,6 +64,31 @@ def record_event() -> Any:
     return event
 
 
+def start_timeline() -> None:
+    """Record what the device does, where it can tell: the emulator can, the bridge leaves it to its profiler."""
+    if (timeline := _timeline()) is not None:
+        timeline.start()
+
+
+def stop_timeline() -> list[Any]:
+    """What the device did: `queue`, `kind`, `start` and `end` in seconds of `time.perf_counter`, `nbytes`."""
+    timeline = _timeline()
+    return [] if timeline is None else list(timeline.stop())
+
+
+def _timeline() -> Any:
+    if not is_installed() or find_spec("habana_frameworks.torch.emulator_timeline") is None:
+        return None
+    from habana_frameworks.torch import emulator_timeline
+
+    return emulator_timeline
+
+
+def is_emulated() -> bool:
+    """Whether the bridge is the emulator's."""
+    return _timeline() is not None
+
+
 def initialize_distributed(world_size: int, rank: int, local_rank: int) -> None:
     """Choose this process's device and register the backend `hccl` for it.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
 from lightning_hpu_infer.pipeline import graph_kind
+from lightning_hpu_infer.report import Report
 from lightning_hpu_infer.shapes import PadSpec
 
 
@@ -51,6 +53,7 @@ class HPUInferenceAccelerator(Accelerator):
         warm_up: Run every bucket before the first batch. Used with `bucket_lengths`.
         group_by_length: Predict samples of like lengths together; predictions come back in the dataset's order. A key
             or a function that gives a sample's length, or one length per sample.
+        trace: A folder to which every run writes where its time went; `report` holds the newest then.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -82,6 +85,7 @@ class HPUInferenceAccelerator(Accelerator):
         pad_spec: PadSpec | Literal["tokenizer"] | None = None,
         warm_up: bool = False,
         group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None,
+        trace: str | PathLike[str] | None = None,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
         self.config = InferenceConfig(
@@ -102,7 +106,10 @@ class HPUInferenceAccelerator(Accelerator):
             pad_spec=pad_spec,
             warm_up=warm_up,
             group_by_length=group_by_length,
+            trace=trace,
         )
+        self.report: Report | None = None
+        """What the newest run with `trace` was limited by."""
 
     def setup_device(self, device: torch.device) -> None:
         """Check the device that the strategy was built with.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, Literal
 
 from lightning_hpu_infer.shapes import PadSpec
@@ -74,6 +75,9 @@ class InferenceConfig:
     """Predict samples of like lengths together: a key or a function that gives a sample's length, or one length per
     sample. Predictions come back in the dataset's order."""
 
+    trace: str | PathLike[str] | None = None
+    """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""
+
     def __post_init__(self) -> None:
         for name in ("async_copy", "pipelining", "defer_hooks", "pad_batch", "warm_up"):
             _check_type(name, getattr(self, name), bool)
@@ -107,6 +111,8 @@ class InferenceConfig:
             raise ValueError("`warm_up=True` warms up buckets: pass `bucket_lengths` and `pad_spec` too.")
         if self.warm_up and not self.pipelining:
             raise ValueError("`warm_up=True` needs `pipelining=True`.")
+        if not (self.trace is None or isinstance(self.trace, str | PathLike)):
+            raise TypeError(f"`trace` must be a folder or None, got {self.trace!r}.")
         group = self.group_by_length
         if not (group is None or isinstance(group, str | Sequence) or callable(group)):
             raise TypeError(f"`group_by_length` must be a key, a function or lengths, got {group!r}.")

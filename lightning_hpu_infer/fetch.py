@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.trace import LaneTrace, Stage
 
 _HOST = torch.device("cpu")
 
@@ -27,9 +28,12 @@ class PendingOutput:
         output: Any collection, tensors of it on any device. No graph may own them.
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
+        trace: Where waiting and copying are recorded, apart from one another.
     """
 
-    def __init__(self, output: Any, device: torch.device, *, fetch: bool = True) -> None:
+    def __init__(
+        self, output: Any, device: torch.device, *, fetch: bool = True, trace: LaneTrace | None = None
+    ) -> None:
         tensors = list(_tensors(output))
         self._output = output
         self._versions: list[tuple[Tensor, int]] = []
@@ -42,9 +46,11 @@ class PendingOutput:
             fetch and device.type == _habana.DEVICE_TYPE and any(t.device.type == device.type for t in tensors)
         )
         self._event = None
-        if device.type == _habana.DEVICE_TYPE and not self._fetch:
+        if device.type == _habana.DEVICE_TYPE and (trace is not None or not self._fetch):
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
+        self._trace = trace
+        self._batch = trace.batch if trace is not None else None
 
     def result(self) -> Any:
         """Wait until the output is there and return it with host tensors; unmoved if `fetch` was False.
@@ -57,12 +63,17 @@ class PendingOutput:
                 "A tensor that `predict_step` returned was overwritten in place before it was fetched, so its values"
                 " are lost. Return a `.clone()` of it, or pass `pipelining=False`."
             )
-        if self._event is not None:
-            self._event.synchronize()
+        wait = self._event.synchronize if self._event is not None else None
+        move = move_data_to_device
+        if self._trace is not None:
+            self._trace.batch = self._batch  # Later batches were launched since.
+            wait, move = wait and self._trace.wrap(Stage.WAIT_OUTPUT, wait), self._trace.wrap(Stage.COPY_OUT, move)
+        if wait is not None:
+            wait()
         if not self._fetch:
             return self._output
         try:
-            return move_data_to_device(self._output, _HOST)
+            return move(self._output, _HOST)
         except (ValueError, MisconfigurationException):
             # A frozen dataclass cannot be moved. Hooks get it as stock Lightning's do; storing it raises there too.
             return self._output

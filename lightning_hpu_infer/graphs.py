@@ -22,6 +22,7 @@ from lightning_hpu_infer.signature import (
     with_tensors,
     without_tensors,
 )
+from lightning_hpu_infer.trace import LaneTrace, Stage
 from lightning_hpu_infer.watch import HostReads
 
 # How far a replay may be from the plain forward, relative to the largest value: rounding, not a wrong result.
@@ -271,9 +272,7 @@ class GraphedForward:
         if entry.run is None:
             return self._plain(args, kwargs)
         if entry.captured and not entry.to_verify:
-            self.counts.replays += 1
-            self.counts.padded += isinstance(entry.run, _Padded)
-            return entry.run(leaves)
+            return self._replay(entry.run, leaves)
         return self._checked_call(entry, key, leaves, args, kwargs)
 
     def distrust(self) -> None:
@@ -282,6 +281,17 @@ class GraphedForward:
             entry.kept = True
             if entry.captured and self._config.verify_graphs:
                 entry.to_verify = max(entry.to_verify, 1)
+
+    def follow(self, trace: LaneTrace | None) -> None:
+        """Record spans of captures and replays from now on, or none."""
+        for name, stage in (
+            ("_watched_call", Stage.CAPTURE),
+            ("_checked_call", Stage.CAPTURE),
+            ("_replay", Stage.REPLAY),
+        ):
+            vars(self).pop(name, None)
+            if trace is not None:
+                vars(self)[name] = trace.wrap(stage, getattr(self, name))
 
     def forget_all(self) -> None:
         """Drop every graph and all that is known of signatures."""
@@ -339,7 +349,15 @@ class GraphedForward:
     ) -> Any:
         """Capture or replay, and compare with the plain forward while there is something to verify."""
         expected = self._plain(args, kwargs) if entry.to_verify else None
-        output, reason = self._replay(entry, leaves) if entry.captured else self._capture(entry, leaves)
+        assert entry.run is not None
+        output, reason = None, ""
+        if entry.captured:
+            try:
+                output = self._replay(entry.run, leaves)
+            except NotCapturable as unfit:
+                reason = str(unfit)
+        else:
+            output, reason = self._capture(entry, leaves)
         if not reason and entry.to_verify:
             entry.to_verify -= 1
             if difference := _difference(output, expected):
@@ -363,14 +381,10 @@ class GraphedForward:
         # An error of the network itself is raised again by this call, and so reaches the user as it is.
         return expected if expected is not None else self._plain(args, kwargs)
 
-    def _replay(self, entry: _Entry, leaves: list[Any]) -> tuple[Any, str]:
-        assert entry.run is not None
+    def _replay(self, run: "_Graph | _Compiled | _Padded", leaves: list[Any]) -> Any:
         self.counts.replays += 1
-        self.counts.padded += isinstance(entry.run, _Padded)
-        try:
-            return entry.run(leaves), ""
-        except NotCapturable as reason:
-            return None, str(reason)
+        self.counts.padded += isinstance(run, _Padded)
+        return run(leaves)
 
     def _capture(self, entry: _Entry, leaves: list[Any]) -> tuple[Any, str]:
         """The output of the capturing call, or why there is none."""

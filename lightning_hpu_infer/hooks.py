@@ -14,6 +14,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_hpu_infer.trace import Stage, Trace
+
 Hook = Callable[..., Any]
 
 
@@ -24,6 +26,7 @@ class BatchHooks:
 
     Args:
         trainer: A `Trainer` whose run has started: callbacks and datamodule are final.
+        trace: Where the stages of the main thread are recorded.
     """
 
     start: Hook
@@ -39,7 +42,7 @@ class BatchHooks:
     end_reads_outputs: bool
     """Whether any end hook could read an output. Lightning's own progress bars do not."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, trace: Trace | None = None) -> None:
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
@@ -52,6 +55,11 @@ class BatchHooks:
         self.before_transfer = self._data_hook("on_before_batch_transfer", named=False)
         self.to_device = self._to_device()
         self.step = self._step()
+        if trace is not None:
+            self.to_device = trace.main.wrap(Stage.COPY_IN, self.to_device)
+            self.start = trace.main.wrap(Stage.START_HOOKS, self.start)
+            self.step = trace.main.wrap(Stage.LAUNCH, self.step)
+            self.end = trace.main.wrap(Stage.END_HOOKS, self.end)
 
     def _listeners(self) -> list[Any]:
         return [*self._trainer.callbacks, self._module]

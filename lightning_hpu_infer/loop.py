@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,9 @@ from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.reorder import Reordered
+from lightning_hpu_infer.report import Counters
+from lightning_hpu_infer.trace import Stage, Trace
+from lightning_hpu_infer.tracing import TracedRun
 from lightning_hpu_infer.transfer import own, stage
 
 _HOST = torch.device("cpu")
@@ -42,6 +47,8 @@ class _Moment(NamedTuple):
 class _Batch:
     """One batch on its way. It carries all that its end hooks read, since the loop is at later batches by then."""
 
+    number: int
+    """The how-manieth of the run, over all dataloaders."""
     batch: Any
     batch_idx: int
     dataloader_idx: int
@@ -58,6 +65,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     config: InferenceConfig
     _graphs: NetworkGraphs | None  # kept from run to run
     _buckets: Buckets | None  # likewise
+    _trace: Trace | None  # of the run
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
     _combined_loader: Any
@@ -72,7 +80,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         loop.__class__ = cls
         state = loop.__dict__
         if state.get("config") is not config:
-            state.update(config=config, _graphs=None, _buckets=Buckets(config) if config.bucket_lengths else None)
+            buckets = Buckets(config) if config.bucket_lengths else None
+            state.update(config=config, _graphs=None, _buckets=buckets, _trace=None)
 
     def release_graphs(self) -> None:
         """Free the device memory that graphs hold between runs."""
@@ -81,9 +90,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
     def run(self) -> Any:
         """Predict every batch. Without `pipelining` this is stock Lightning's loop."""
         # A step that pulls its own batches cannot be fed ahead.
-        pipelined = self.config.pipelining and not pulls_batches(self.trainer.lightning_module)
-        with self._on_device(prepares=not pipelined):
-            return self._run_pipelined() if pipelined else super().run()
+        pulls = pulls_batches(self.trainer.lightning_module)
+        with self._recorded() if self.config.trace is not None and not pulls else nullcontext():
+            # Stock Lightning's order is that of our loop with nothing ahead or behind, where there are our spans.
+            pipelined = (self.config.pipelining or self._trace is not None) and not pulls
+            self._order = self.config if self.config.pipelining else replace(self.config, **_STOCK_ORDER)
+            with self._on_device(prepares=not pipelined):
+                return self._run_pipelined() if pipelined else super().run()
 
     def setup_data(self) -> None:
         """Make the dataloaders, and put their samples in order of length if asked to."""
@@ -125,8 +138,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
             return None
         self.reset()
         self.on_run_start()
-        self._hooks = BatchHooks(self.trainer)
-        in_flight = InFlight(self._launch, self.config.in_flight)
+        self._hooks = BatchHooks(self.trainer, self._trace)
+        in_flight = InFlight(self._launch, self._order.in_flight)
         try:
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
             with suppress(StopIteration):
@@ -144,9 +157,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
         loader = 0
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-        with Prefetcher(self._prepared_batches(), self._depth(), mode) as prepared:
+        depth, trace = self._depth(), self._trace
+        with Prefetcher(self._prepared_batches(depth), depth, mode) as prepared:
+            following: Iterator[_Batch] = prepared
+            if trace is not None and depth:
+                following = iter(trace.main.wrap(Stage.WAIT_INPUT, partial(next, prepared)), None)
             warm = not self.config.warm_up
-            while (item := self._next(prepared, in_flight)) is not None:
+            while (item := self._next(following, in_flight)) is not None:
                 if not warm:
                     warm = True
                     self._warm_up(item)
@@ -160,6 +177,33 @@ class PipelinedPredictionLoop(_PredictionLoop):
                     return
                 if in_flight.overdue:
                     self._retire(*in_flight.retire())
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Record the run, and write what limited it."""
+        with TracedRun(self.config, self.trainer.strategy.root_device) as traced:
+            self._trace = traced.trace
+            try:
+                yield
+            finally:
+                self._trace = None
+            report = traced.finish(self._counters())
+        if report is not None:
+            self.trainer.accelerator.report = report
+            ranks = self.trainer.world_size
+            folder = Path(self.config.trace or "")
+            traced.write(report, folder / f"rank{self.trainer.global_rank}" if ranks > 1 else folder)
+
+    def _counters(self) -> Counters:
+        graphs, buckets = self._graphs and self._graphs.counts, self._buckets
+        return Counters(
+            captures=graphs.captures if graphs else 0,
+            replays=graphs.replays if graphs else 0,
+            plain_calls=graphs.plain_calls if graphs else 0,
+            evictions=graphs.evictions if graphs else 0,
+            padded_elements=buckets.padded if buckets else 0,
+            real_elements=buckets.real if buckets else 0,
+        )
 
     def _next(self, prepared: Iterator[_Batch], in_flight: InFlight[_Batch]) -> _Batch | None:
         try:
@@ -177,36 +221,56 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """
         before = torch.get_default_dtype()
         with self.trainer.precision_plugin.predict_step_context():
-            return self.config.prefetch if torch.get_default_dtype() == before else 0
+            return self._order.prefetch if torch.get_default_dtype() == before else 0
 
     def _drain(self, in_flight: InFlight[_Batch]) -> None:
         while in_flight:
             self._retire(*in_flight.retire())
 
-    def _prepared_batches(self) -> Iterator[_Batch]:
+    def _prepared_batches(self, depth: int) -> Iterator[_Batch]:
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
         trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
         assert fetcher is not None
         stages, buckets = self._stages, self._buckets
         owns = [_may_reuse_memory(loader) for loader in self._combined_loader.flattened]
 
-        def prepare(fetched: tuple[Any, int, int]) -> _Batch:
-            batch, batch_idx, dataloader_idx = fetched
-            is_last = fetcher.done
+        def prepare(batch: Any, dataloader_idx: int) -> tuple[Any, Lengths | None]:
             if owns[dataloader_idx]:
                 batch = own(batch)
             batch = hooks.before_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx)
-            lengths = None
-            if buckets is not None:
-                batch, lengths = buckets.pad(batch)
-            return _Batch(stage(batch) if stages else batch, batch_idx, dataloader_idx, is_last, lengths)
+            return (batch, None) if buckets is None else buckets.pad(batch)
 
         # `iter(fetcher)` would start the dataloaders again.
-        return map(prepare, iter(partial(next, fetcher), None))
+        fetch: Hook = partial(next, fetcher)
+        pin: Hook = stage
+        lane = None
+        if self._trace is not None:
+            lane = self._trace.prefetch if depth else self._trace.main
+            fetch, prepare, pin = (
+                lane.wrap(Stage.FETCH, fetch),
+                lane.wrap(Stage.PREPARE, prepare),
+                lane.wrap(Stage.PIN, pin),
+            )
+        for number in count():
+            if lane is not None:
+                lane.batch = number
+            try:
+                batch, batch_idx, dataloader_idx = fetch()
+                is_last = fetcher.done
+                batch, lengths = prepare(batch, dataloader_idx)
+                if stages:
+                    batch = pin(batch)
+            except StopIteration:
+                # Whoever raises it, as in stock Lightning.
+                return
+            yield _Batch(number, batch, batch_idx, dataloader_idx, is_last, lengths)
 
     def _launch(self, item: _Batch) -> PendingOutput:
         """Enqueue one batch: stock Lightning's step up to where it would wait for the device."""
         hooks, progress, dataloader_idx = self._hooks, self.batch_progress, item.dataloader_idx
+        trace = None if self._trace is None else self._trace.main
+        if trace is not None:
+            trace.batch = item.number
         progress.is_last_batch = item.is_last
         batch = hooks.to_device(item.batch, dataloader_idx)
         item.batch = None
@@ -224,12 +288,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._warning_cache.warn("predict returned None if it was on purpose, ignore this warning...")
         progress.increment_processed()
 
-        if not self.config.defer_hooks:
+        if not self._order.defer_hooks:
             output = self._cut(output, item.lengths)
             self._end(item, output)
-            return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store)
+            return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store, trace=trace)
         item.moment = self._moment()
-        return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store or hooks.end_reads_outputs)
+        fetch = item.store or hooks.end_reads_outputs
+        return PendingOutput(output, self.trainer.strategy.root_device, fetch=fetch, trace=trace)
 
     def _retire(self, item: _Batch, output: Any) -> None:
         """Finish the oldest batch, whose output has arrived."""
@@ -315,7 +380,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
             shadows = self._preparing(strategy.batch_to_device, step)
         vars(strategy).update(shadows)
         try:
-            with graphs.attached() if graphs is not None else nullcontext():
+            trace = None if self._trace is None else self._trace.main
+            with graphs.attached(trace) if graphs is not None else nullcontext():
                 yield
         finally:
             for name in shadows:
@@ -349,6 +415,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         return {"batch_to_device": batch_to_device, "predict_step": predict_step}
 
 
+# What `pipelining=False` means in this loop.
+_STOCK_ORDER: dict[str, Any] = {"prefetch": 0, "in_flight": 0, "defer_hooks": False, "warm_up": False}
 # Stock Lightning's name, which its own tools and users' filters look for.
 _FETCH_SPAN = f"[{_PredictionLoop.__name__}].predict_next"
 

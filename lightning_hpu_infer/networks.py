@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, GraphedForward
+from lightning_hpu_infer.trace import LaneTrace
 from lightning_hpu_infer.watch import outermost_calls
 
 
@@ -40,6 +41,7 @@ class NetworkGraphs:
         self._networks: dict[nn.Module, GraphedForward] | None = None
         self._weights: dict[nn.Module, _Weights] = {}
         self._shadowed: list[tuple[nn.Module, object]] = []
+        self._trace: LaneTrace | None = None
         self.counts = GraphCounts()
         if config.graph_modules is not None:
             self._found(_named(root, config.graph_modules))
@@ -55,12 +57,16 @@ class NetworkGraphs:
         )
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self, trace: LaneTrace | None = None) -> Iterator[None]:
         """Surround a run with this: the networks' calls are graphs meanwhile.
 
         What was captured in an earlier run is used again if the weights have the same values as then. It is compared
         with the plain forward once more, since a network reads Python values too.
+
+        Args:
+            trace: Where captures and replays are recorded.
         """
+        self._trace = trace
         self.counts = GraphCounts()
         for module, graphed in (self._networks or {}).items():
             graphed.counts = self.counts
@@ -81,6 +87,8 @@ class NetworkGraphs:
                 else:
                     module.__dict__["forward"] = own
             self._shadowed.clear()
+            for graphed in (self._networks or {}).values():
+                graphed.follow(None)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -116,6 +124,7 @@ class NetworkGraphs:
             return graphed(*args, **kwargs)
 
         vars(forward)["hpu_infer_graphed"] = True
+        graphed.follow(self._trace)
         self._shadowed.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
 

@@ -1,7 +1,7 @@
 """Spans of every stage of every batch. With tracing off there is nothing to call, so nothing to pay."""
 
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -74,26 +74,37 @@ class Span:
         return self.end - self.start
 
 
-class Trace:
-    """Collects spans. Any thread may record; each says with `at` which batch it works on."""
+class LaneTrace:
+    """Records what one host thread does."""
 
-    def __init__(self) -> None:
-        self.spans: list[Span] = []
-        self._here = threading.local()
-
-    def at(self, lane: Lane, batch: int | None) -> None:
-        """What the calling thread records from now on belongs to this lane and batch."""
-        self._here.lane, self._here.batch = lane, batch
+    def __init__(self, lane: Lane, records: deque[tuple[Any, ...]]) -> None:
+        self._lane = lane
+        self._records = records
+        self.batch: int | None = None
+        """The batch that the thread works on."""
 
     def wrap(self, stage: Stage, function: F) -> F:
         """`function`, with a span around each call, also one that raises."""
-        spans, here, clock = self.spans, self._here, time.perf_counter
+        lane, append, clock = self._lane, self._records.append, time.perf_counter
 
         def call(*args: Any, **kwargs: Any) -> Any:
             start = clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                spans.append(Span(stage, here.lane, start, clock(), here.batch))
+                append((stage, lane, start, clock(), self.batch))
 
         return call  # type: ignore[return-value]
+
+
+class Trace:
+    """The spans of a run, of which the newest million are kept."""
+
+    def __init__(self) -> None:
+        self._records: deque[tuple[Any, ...]] = deque(maxlen=1_000_000)
+        self.main = LaneTrace(Lane.MAIN, self._records)
+        self.prefetch = LaneTrace(Lane.PREFETCH, self._records)
+
+    def spans(self) -> list[Span]:
+        """What was recorded, in the order in which it ended."""
+        return [Span(*record) for record in self._records]

@@ -1,0 +1,84 @@
+"""A traced run: from the first span to the files that show where its time went."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_hpu_infer import _habana, chrome
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.report import Counters, Report, analyse
+from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
+
+_LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
+
+
+class TracedRun:
+    """Records one run on all of its lanes.
+
+    The device's own lanes come from the emulator. On hardware the HPU profiler has them: give its trace to
+    `python -m lightning_hpu_infer diagnose`.
+
+    Args:
+        config: The flags of the run.
+        device: Where it runs.
+    """
+
+    def __init__(self, config: InferenceConfig, device: torch.device) -> None:
+        self.trace = Trace()
+        self._config = config
+        self._on_hpu = device.type == _habana.DEVICE_TYPE
+        self.spans: list[Span] = []
+
+    def __enter__(self) -> "TracedRun":
+        if self._on_hpu:
+            _habana.start_timeline()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on_hpu:
+            _habana.stop_timeline()
+
+    def finish(self, counters: Counters) -> Report | None:
+        """End the recording and judge the run. None if there was no batch."""
+        self.spans = self.trace.spans()
+        measured_on = "cpu"
+        if self._on_hpu:
+            measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
+            self.spans += [_device_span(each) for each in _habana.stop_timeline()]
+        if not any(span.batch is not None for span in self.spans):
+            return None
+        return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on)
+
+    def write(self, report: Report, folder: Path) -> None:
+        """Write `trace.json` for Perfetto, `report.json`, and the timeline as `timeline.png` and `timeline.svg`.
+
+        Raises:
+            OSError: If the folder cannot be written to.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        chrome.write(self.spans, folder / "trace.json", {"report": report.as_dict()})
+        (folder / "report.json").write_text(report.to_json())
+        if find_spec("matplotlib") is None:
+            rank_zero_warn("There is no timeline picture without matplotlib: pip install lightning-hpu-infer[plots]")
+        else:
+            from lightning_hpu_infer import plots
+
+            for suffix in ("png", "svg"):
+                plots.timeline(self.spans, folder / f"timeline.{suffix}", title=report.summary)
+        rank_zero_info(
+            f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), timeline.png."
+        )
+
+
+def _device_span(recorded: object) -> Span:
+    queue, kind = getattr(recorded, "queue"), getattr(recorded, "kind")  # noqa: B009
+    lane = _LANES[queue]
+    stages = {
+        Lane.DEVICE: Stage.COMPILE if kind == "compile" else Stage.DEVICE,
+        Lane.H2D: Stage.H2D,
+        Lane.D2H: Stage.D2H,
+    }
+    start, end, nbytes = (getattr(recorded, name) for name in ("start", "end", "nbytes"))
+    return Span(stages[lane], lane, start, end, nbytes=nbytes)
