@@ -208,7 +208,15 @@ class Report:
         Raises:
             KeyError, TypeError, ValueError: If it is no report.
         """
-        data = json.loads(text)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """Read what `as_dict` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is no report.
+        """
         return cls(
             verdict=Verdict(data["verdict"]),
             severity=Severity(data["severity"]),
@@ -594,6 +602,8 @@ def _device_advice(report: Report) -> str:
             f"The device is the limit, and {counters.padding_waste:.0%} of its input is padding: sort samples by"
             " length, or give `bucket_lengths` more steps."
         )
+    if report.measured_on == "cpu":
+        return "The computation is the limit, and it runs on the CPU: predict on an HPU."
     return (
         "The device is the limit. Faster is lower precision (`precision='bf16-true'`), larger batches where it is not"
         " filled yet, or more devices (`devices=2`)."

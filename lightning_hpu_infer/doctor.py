@@ -1,0 +1,273 @@
+"""Whether `trainer.predict` would run on an HPU here, and what to do where it would not."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from lightning_hpu_infer import _habana
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_PREFIXES = ("PT_HPU_", "PT_HPUGRAPH_", "HABANA_", "LIGHTNING_HPU_INFER_")
+_COMPROMISED = ("2.6.2", "2.6.3")
+_LIGHTNING, _NEXT_LIGHTNING, _LAST_FOR_HABANA = "2.4", "2.7", "2.5.5"
+_EMULATE = "emulate one: LIGHTNING_HPU_INFER_EMULATOR=1 in the environment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is installed here. Versions are None where a package is not."""
+
+    python: str
+    torch: str
+    lightning: str | None
+    lightning_habana: str | None = None
+    bridge: str | None = None
+    """Version of `habana_frameworks`; "unknown" if it does not say."""
+    emulated: bool = False
+    """The bridge is the emulator's."""
+    error: str = ""
+    """What the bridge raised when it was asked for devices."""
+    device_count: int = 0
+    device_name: str = ""
+    lazy: bool | None = None
+    """The bridge's mode, if there is a bridge that works."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of Habana's and ours."""
+
+
+class Level(str, Enum):
+    """What a finding means for `trainer.predict`."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """It runs, but not as it might."""
+    ERROR = "error"
+    """It does not run on an HPU."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Level
+    text: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings. Prints itself with `rich.print(diagnosis)`."""
+
+    facts: Facts
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether predict would run on an HPU, a real or an emulated one."""
+        return all(finding.level != Level.ERROR for finding in self.findings)
+
+    def to_json(self) -> str:
+        """Facts and findings as JSON."""
+        fields = asdict(self, dict_factory=lambda items: {name: _plain(value) for name, value in items})
+        return json.dumps({"healthy": self.healthy} | fields, indent=2)
+
+    def __rich__(self) -> "RenderableType":
+        return _render(self)
+
+
+def gather_facts() -> Facts:
+    """Look at this process. Asks the bridge for its devices, which may open one."""
+    bridge = _bridge_version() if _habana.is_installed() else None
+    count, name, lazy, error = 0, "", None, ""
+    emulated = False
+    if bridge is not None:
+        try:
+            emulated = _habana.is_emulated()
+            if _habana.is_available():
+                count, name = _habana.device_count(), _device_name()
+            lazy = _habana.is_lazy()
+        except Exception as problem:  # whatever a half-installed bridge raises is a finding
+            error = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+    return Facts(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        lightning=_version("lightning"),
+        lightning_habana=_version("lightning-habana"),
+        bridge=bridge,
+        emulated=emulated,
+        error=error,
+        device_count=count,
+        device_name=name,
+        lazy=lazy,
+        environment={name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)},
+    )
+
+
+def examine(facts: Facts) -> Diagnosis:
+    """What works together, what does not, and the remedies."""
+    checks = (_check_lightning, _check_lightning_habana, _check_bridge, _check_graphs)
+    return Diagnosis(facts, tuple(finding for check in checks for finding in check(facts)))
+
+
+def _check_lightning(facts: Facts) -> Iterator[Finding]:
+    remedy = "Install one from 2.4 to 2.6: pip install 'lightning>=2.4,<2.7,!=2.6.2,!=2.6.3'"
+    if facts.lightning is None:
+        yield Finding(Level.ERROR, "Lightning is not installed.", remedy)
+    elif facts.lightning in _COMPROMISED:
+        text = f"Lightning {facts.lightning} was a compromised release. Treat this machine's credentials as leaked."
+        yield Finding(Level.ERROR, text, "Install another: pip install 'lightning==2.6.6'")
+    elif not _between(facts.lightning, _LIGHTNING, _NEXT_LIGHTNING):
+        yield Finding(Level.ERROR, f"Lightning {facts.lightning} is not supported.", remedy)
+    else:
+        yield Finding(Level.OK, f"Lightning {facts.lightning} is supported.")
+
+
+def _check_lightning_habana(facts: Facts) -> Iterator[Finding]:
+    if facts.lightning_habana is None or facts.lightning is None:
+        return
+    if _between(facts.lightning, "0", _LAST_FOR_HABANA, inclusive=True):
+        yield Finding(Level.OK, f"lightning-habana {facts.lightning_habana} works with Lightning {facts.lightning}.")
+        return
+    yield Finding(
+        Level.WARNING,
+        f"lightning-habana {facts.lightning_habana} cannot be imported beside Lightning {facts.lightning}. Prediction"
+        " does without it; its precision plugin and strategies are missing.",
+        f"If you need them: pip install 'lightning=={_LAST_FOR_HABANA}'. If not: pip uninstall lightning-habana",
+    )
+
+
+def _check_bridge(facts: Facts) -> Iterator[Finding]:
+    lazy = facts.environment.get("PT_HPU_LAZY_MODE")
+    if facts.bridge is None:
+        yield Finding(
+            Level.ERROR,
+            "Habana's PyTorch bridge (`habana_frameworks`) is not installed: predict runs on the CPU.",
+            f"On a Gaudi, use the torch and habana_frameworks of its image. Without one, {_EMULATE}",
+        )
+    elif facts.error and lazy != "0" and not _is_fork(facts.torch):
+        yield Finding(
+            Level.ERROR,
+            f"The bridge does not work ({facts.error}). It refuses stock PyTorch in lazy mode, and torch {facts.torch}"
+            " looks like it.",
+            "Use the torch of your Gaudi image, or set PT_HPU_LAZY_MODE=0",
+        )
+    elif facts.error:
+        yield Finding(
+            Level.ERROR,
+            f"The bridge does not work ({facts.error}).",
+            f"Its version ({facts.bridge}) must fit torch {facts.torch} and the driver: compare with `hl-smi`",
+        )
+    elif not facts.device_count:
+        yield Finding(
+            Level.ERROR,
+            f"The bridge {facts.bridge} is installed, but finds no device: predict runs on the CPU.",
+            "Check `hl-smi`, HABANA_VISIBLE_DEVICES and HABANA_VISIBLE_MODULES, that no other process has the device,"
+            f" and `--runtime=habana` in a container. Or {_EMULATE}",
+        )
+    else:
+        kind = "an emulated HPU (figures measured on it are not a Gaudi's)" if facts.emulated else "an HPU"
+        name = f", {facts.device_name}" if facts.device_name else ""
+        yield Finding(Level.OK, f"predict runs on {kind}: {facts.device_count} found{name}.")
+
+
+def _check_graphs(facts: Facts) -> Iterator[Finding]:
+    if facts.lazy is None:
+        return
+    cache = facts.environment.get("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", "1")
+    if not facts.lazy:
+        yield Finding(
+            Level.WARNING,
+            "The bridge is in eager mode: there are no HPU graphs, `hpu_graphs=True` compiles networks with"
+            " `torch.compile(backend='hpu_backend')`.",
+            "For HPU graphs set PT_HPU_LAZY_MODE=1 before Python starts",
+        )
+    elif cache != "1":
+        yield Finding(
+            Level.ERROR,
+            f"PT_HPUGRAPH_DISABLE_TENSOR_CACHE={cache} lets graphs overwrite your batches: `hpu_graphs=True` raises.",
+            "Unset it, or pass `hpu_graphs=False`",
+        )
+    else:
+        yield Finding(Level.OK, "The bridge is in lazy mode: `hpu_graphs=True` captures HPU graphs.")
+
+
+def _between(found: str, low: str, high: str, *, inclusive: bool = False) -> bool:
+    try:
+        release = Version(found)
+    except InvalidVersion:
+        return False
+    return Version(low) <= release and (release <= Version(high) if inclusive else release < Version(high))
+
+
+def _is_fork(torch_version: str) -> bool:
+    """Habana's builds say so in their local version, such as 2.5.1a0+git1234abc and 2.6.0+hpu_1.20.0."""
+    local = torch_version.partition("+")[2]
+    return local.startswith(("git", "hpu"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _bridge_version() -> str:
+    return _version("habana-torch-plugin") or "unknown"
+
+
+def _device_name() -> str:
+    try:
+        return str(torch.get_device_module(_habana.DEVICE_TYPE).get_device_name())
+    except (AttributeError, RuntimeError):
+        return ""
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
+
+
+_MARKS = {Level.OK: ("✓", "green"), Level.WARNING: ("!", "yellow"), Level.ERROR: ("✗", "red")}
+
+
+def _render(diagnosis: Diagnosis) -> "RenderableType":
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = diagnosis.facts
+    installed: dict[str, Any] = {
+        "python": facts.python,
+        "torch": facts.torch,
+        "lightning": facts.lightning,
+        "lightning-habana": facts.lightning_habana,
+        "habana_frameworks": "emulated" if facts.emulated else facts.bridge,
+        "mode": None if facts.lazy is None else "lazy" if facts.lazy else "eager",
+        **facts.environment,
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in installed.items():
+        table.add_row(name, Text("-" if value is None else str(value)))
+    findings = Table(box=None, show_header=False, pad_edge=False)
+    for finding in diagnosis.findings:
+        mark, colour = _MARKS[finding.level]
+        findings.add_row(Text(mark, style=f"bold {colour}"), Text(finding.text))
+        if finding.remedy:
+            findings.add_row("", Text(f"→ {finding.remedy}", style=colour))
+    if diagnosis.healthy:
+        device = "an emulated HPU" if facts.emulated else "an HPU"
+        title, colour = f"trainer.predict would run on {device}", "green"
+    else:
+        title, colour = "trainer.predict would not run on an HPU", "red"
+    return Panel(Group(table, Text(), findings), title=Text(title, style=f"bold {colour}"), expand=False)

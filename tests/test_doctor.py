@@ -1,0 +1,120 @@
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from lightning_hpu_infer import _habana
+from lightning_hpu_infer.cli import main
+from lightning_hpu_infer.doctor import Diagnosis, Facts, Level, examine, gather_facts
+
+GAUDI = Facts(
+    python="3.10.12",
+    torch="2.6.0+hpu_1.20.0-543.git4952fce",
+    lightning="2.5.5",
+    lightning_habana="1.6.0",
+    bridge="1.20.0.543",
+    device_count=8,
+    device_name="GAUDI2",
+    lazy=True,
+    environment={"PT_HPU_LAZY_MODE": "1"},
+)
+LAPTOP = Facts(python="3.13.1", torch="2.13.0+cpu", lightning="2.6.6")
+
+
+def levels(diagnosis: Diagnosis) -> set[Level]:
+    return {finding.level for finding in diagnosis.findings}
+
+
+def printed(diagnosis: Diagnosis) -> str:
+    console = Console(file=io.StringIO(), width=300)
+    console.print(diagnosis)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_gaudi_in_order_has_no_findings() -> None:
+    diagnosis = examine(GAUDI)
+    assert diagnosis.healthy
+    assert levels(diagnosis) == {Level.OK}
+    text = printed(diagnosis)
+    assert "would run on an HPU" in text
+    assert "8 found, GAUDI2" in text
+    assert "PT_HPU_LAZY_MODE" in text
+
+
+def test_an_emulated_device_is_called_emulated() -> None:
+    diagnosis = examine(dataclasses.replace(LAPTOP, bridge="unknown", emulated=True, device_count=1, lazy=True))
+    assert diagnosis.healthy
+    assert "would run on an emulated HPU" in printed(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "text", "remedy"),
+    [
+        ({"lightning": "2.6.2", "lightning_habana": None}, Level.ERROR, "compromised", "2.6.6"),
+        ({"lightning": "2.6.3", "lightning_habana": None}, Level.ERROR, "compromised", "2.6.6"),
+        ({"lightning": "2.3.3"}, Level.ERROR, "2.3.3 is not supported", "lightning>=2.4"),
+        ({"lightning": "2.7.0", "lightning_habana": None}, Level.ERROR, "2.7.0 is not supported", "lightning>=2.4"),
+        ({"lightning": "of mine", "lightning_habana": None}, Level.ERROR, "of mine is not supported", "lightning>=2.4"),
+        ({"lightning": None}, Level.ERROR, "not installed", "lightning>=2.4"),
+        ({"lightning": "2.6.6"}, Level.WARNING, "cannot be imported beside Lightning 2.6.6", "lightning==2.5.5"),
+        ({"bridge": None, "device_count": 0, "lazy": None}, Level.ERROR, "is not installed", "EMULATOR=1"),
+        ({"device_count": 0}, Level.ERROR, "finds no device", "hl-smi"),
+        (
+            {"torch": "2.6.0+cu124", "error": "AssertionError: no fork", "device_count": 0, "lazy": None},
+            Level.ERROR,
+            "refuses stock PyTorch in lazy mode",
+            "PT_HPU_LAZY_MODE=0",
+        ),
+        ({"error": "OSError: libSynapse.so", "device_count": 0, "lazy": None}, Level.ERROR, "libSynapse.so", "hl-smi"),
+        ({"lazy": False}, Level.WARNING, "eager mode", "PT_HPU_LAZY_MODE=1"),
+        ({"environment": {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": "0"}}, Level.ERROR, "overwrite your batches", "Unset it"),
+    ],
+)
+def test_what_does_not_work_together_comes_with_a_remedy(
+    changes: dict[str, object], level: Level, text: str, remedy: str
+) -> None:
+    diagnosis = examine(dataclasses.replace(GAUDI, **changes))  # type: ignore[arg-type]
+    found = [finding for finding in diagnosis.findings if finding.level != Level.OK]
+    assert [finding.level for finding in found] == [level]
+    assert text in found[0].text
+    assert remedy in found[0].remedy
+    assert diagnosis.healthy == (level == Level.WARNING)
+    assert remedy in printed(diagnosis)
+
+
+def test_stock_torch_is_fine_in_eager_mode() -> None:
+    facts = dataclasses.replace(GAUDI, torch="2.7.1+cpu", lazy=False, environment={"PT_HPU_LAZY_MODE": "0"})
+    assert examine(facts).healthy
+
+
+def test_on_the_cpu_the_exit_code_is_1(capsys: pytest.CaptureFixture[str]) -> None:
+    if _habana.is_installed():
+        pytest.skip("this machine has Habana's bridge")
+    assert main(["doctor"]) == 1
+    assert "would not run on an HPU" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("emulated")
+def test_on_the_emulator_the_exit_code_is_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["healthy"]
+    assert data["facts"]["emulated"]
+    assert data["facts"]["lazy"]
+    assert {finding["level"] for finding in data["findings"]} == {"ok"}
+    assert gather_facts().device_count == 1
+
+
+def test_a_bridge_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> bool:
+        raise AssertionError("Stock PyTorch\nis not supported")
+
+    monkeypatch.setattr(_habana, "is_installed", lambda: True)
+    monkeypatch.setattr(_habana, "is_emulated", lambda: False)
+    monkeypatch.setattr(_habana, "is_available", refuse)
+    facts = gather_facts()
+    assert facts.error == "AssertionError: Stock PyTorch"
+    assert not examine(facts).healthy
