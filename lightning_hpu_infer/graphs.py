@@ -397,7 +397,9 @@ class GraphedForward:
                 output = entry.run(leaves)
         except Exception as error:
             what = "capturing" if self._is_graph else "compiling"
-            return None, f"{what} it failed ({type(error).__name__}: {error})"
+            # Dynamo appends advice to its own developers.
+            message = " ".join(str(error).split("\n\n")[0].split())
+            return None, f"{what} it failed ({type(error).__name__}: {message})"
         finally:
             GraphedForward._capturing = False
         entry.captured = True

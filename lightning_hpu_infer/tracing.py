@@ -1,7 +1,9 @@
 """A traced run: from the first span to the files that show where its time went."""
 
+from bisect import bisect
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -12,6 +14,7 @@ from lightning_hpu_infer.report import Counters, Report, analyse
 from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
+_STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
 
 
 class TracedRun:
@@ -46,7 +49,7 @@ class TracedRun:
         measured_on = "cpu"
         if self._on_hpu:
             measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
-            self.spans += [_device_span(each) for each in _habana.stop_timeline()]
+            self.spans += _device_spans(_habana.stop_timeline(), self.spans)
         if not any(span.batch is not None for span in self.spans):
             return None
         return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on)
@@ -72,13 +75,14 @@ class TracedRun:
         )
 
 
-def _device_span(recorded: object) -> Span:
-    queue, kind = getattr(recorded, "queue"), getattr(recorded, "kind")  # noqa: B009
-    lane = _LANES[queue]
-    stages = {
-        Lane.DEVICE: Stage.COMPILE if kind == "compile" else Stage.DEVICE,
-        Lane.H2D: Stage.H2D,
-        Lane.D2H: Stage.D2H,
-    }
-    start, end, nbytes = (getattr(recorded, name) for name in ("start", "end", "nbytes"))
-    return Span(stages[lane], lane, start, end, nbytes=nbytes)
+def _device_spans(recorded: list[Any], host: list[Span]) -> list[Span]:
+    """The device's lanes. Work belongs to the batch that the main thread was at when it handed the work over."""
+    main = sorted((span for span in host if span.lane == Lane.MAIN), key=lambda span: span.start)
+    starts = [span.start for span in main]
+    spans = []
+    for each in recorded:
+        lane = _LANES.get(each.queue, Lane.DEVICE)
+        stage = Stage.COMPILE if each.kind == "compile" else _STAGES[lane]
+        place = bisect(starts, each.queued_at)
+        spans.append(Span(stage, lane, each.start, each.end, main[place - 1].batch if place else None, each.nbytes))
+    return spans

@@ -163,7 +163,7 @@ def test_the_bridges_names(emulated: None) -> None:
     emulator_timeline.start()
     torch.ones(2).to("hpu")
     (span,) = emulator_timeline.stop()
-    assert dataclasses.asdict(span).keys() == {"queue", "kind", "start", "end", "nbytes"}
+    assert dataclasses.asdict(span).keys() == {"queue", "kind", "queued_at", "start", "end", "nbytes"}
     assert (span.queue, span.kind, span.nbytes) == ("h2d", "copy", 8)
     with pytest.raises(dataclasses.FrozenInstanceError):
         span.queue = "d2h"

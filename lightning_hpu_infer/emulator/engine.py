@@ -22,7 +22,7 @@ class Task:
     `kind` is what a timeline calls it, empty if it is not work of the device's own; `nbytes` is the size of a copy.
     """
 
-    __slots__ = ("_latch", "deps", "done", "error", "finished_at", "kind", "nbytes", "run", "writes")
+    __slots__ = ("_latch", "deps", "done", "error", "finished_at", "kind", "nbytes", "queued_at", "run", "writes")
 
     def __init__(
         self, run: Callable[[], object], writes: Sequence[Storage] = (), *, kind: str = "", nbytes: int = 0
@@ -34,7 +34,7 @@ class Task:
         self.deps: list[Task] = []
         self.done = False
         self.error: BaseException | None = None
-        self.finished_at = 0.0
+        self.queued_at = self.finished_at = 0.0
         self._latch = threading.Lock()
         self._latch.acquire()
 
@@ -102,6 +102,7 @@ class Engine:
             storage.writer = task
             storage.virgin = False
         task.deps = deps
+        task.queued_at = time.perf_counter()
         self.last = task
         self._queue.put(task)
         return task
@@ -146,7 +147,7 @@ class Engine:
                 self._gap_from = task.finished_at
                 self.busy_s += task.finished_at - start
                 if task.kind and (spans := self._timeline.spans) is not None:
-                    spans.append(DeviceSpan(self.name, task.kind, start, task.finished_at, task.nbytes))
+                    spans.append(DeviceSpan(self.name, task.kind, task.queued_at, start, task.finished_at, task.nbytes))
                 task.finish()
                 del task
 

@@ -13,6 +13,8 @@ class DeviceSpan:
     """``"compute"``, ``"h2d"`` or ``"d2h"``; ``"stream-N"`` for all work of a stream other than the default one."""
     kind: str
     """``"compute"`` (a program), ``"compile"`` (``EmulatorConfig.compile_ms`` before a new one) or ``"copy"``."""
+    queued_at: float
+    """When the host handed it over."""
     start: float
     """When the queue began with it, the work that it waits for being done."""
     end: float

@@ -1,0 +1,166 @@
+"""`hpu_graphs` where there are no HPU graphs: eager mode on the device, and inductor on the CPU."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, _inductor, nn
+from torch.utils.data import DataLoader
+
+from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
+from lightning_hpu_infer.networks import NetworkGraphs
+from tests.helpers import Broken, Net, Rows, assert_equal, assert_like_stock, predict, rows, trainer
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """The emulated HPU in eager mode, as Habana's current releases are by default."""
+    torch._dynamo.reset()
+    emulator.install(emulator.EmulatorConfig(lazy=False))
+    yield
+    emulator.uninstall()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("hpu_graphs", [True, "compile"])
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_networks_are_compiled(hpu_graphs: Any) -> None:
+    expected = predict("cpu", Net(), rows(16, 2))
+    emulator.reset_stats()
+    ours = trainer(HPUInferenceAccelerator(hpu_graphs=hpu_graphs))
+    assert_equal(ours.predict(Net(), rows(16, 2)), expected)
+    stats = emulator.stats()
+    # Of eight batches the first finds the network, the second runs plainly, and the third is the first compiled one.
+    assert (stats.captures, stats.compiled_calls) == (0, 6)
+    loop: Any = ours.predict_loop
+    assert (loop._graphs.counts.captures, loop._graphs.counts.replays) == (1, 5)
+
+
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_every_shape_is_compiled_once_however_many() -> None:
+    """Our keys bound the number of programs, not dynamo's limit of eight per function."""
+    batches = [torch.randn(n, 4) for _ in range(4) for n in range(1, 12)]
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    ours = assert_like_stock(HPUInferenceAccelerator(max_graphs=11), Net(), loader)
+    loop: Any = ours.predict_loop
+    assert loop._graphs.counts.captures == 11
+
+
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_short_batches_are_padded_too() -> None:
+    batches = [torch.randn(n, 4) for n in (4, 4, 4, 4, 4, 3, 1, 3)]
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    ours = assert_like_stock(HPUInferenceAccelerator(pad_batch=True), Net(), loader)
+    loop: Any = ours.predict_loop
+    assert (loop._graphs.counts.captures, loop._graphs.counts.padded) == (1, 3)
+
+
+class Reads(nn.Linear):
+    """Reads a value of the device: torch.compile breaks its graph there and gets it right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if y.sum().item() > 0 else -y
+
+
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_a_network_that_reads_the_device_is_compiled_around_it() -> None:
+    module = Net()
+    module.net = Reads(4, 3)  # type: ignore[assignment]
+    assert_like_stock(HPUInferenceAccelerator(), module, rows(24, 2))
+
+
+class Counts(nn.Linear):
+    """Counts its calls in Python."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_a_counter_never_gives_a_wrong_number() -> None:
+    """Verification calls the network more often than stock, so the two are compared with the calls they made."""
+    module = Net()
+    module.net = Counts(4, 3)  # type: ignore[assignment]
+    x = Rows().rows[:2]
+    with pytest.warns(UserWarning, match="runs without torch.compile: a replay differs from the plain forward"):
+        predictions = predict(HPUInferenceAccelerator(), copy.deepcopy(module), DataLoader([x] * 8, batch_size=None))  # type: ignore[arg-type]
+    plain = nn.functional.linear(x, module.net.weight, module.net.bias).detach()  # type: ignore[arg-type]
+    factors = [float((each / plain).mean()) for each in predictions]
+    assert factors == pytest.approx([1, 2, 3, *range(5, 10)])
+
+
+def test_a_failed_compilation_costs_the_graph_not_the_batch() -> None:
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise Broken("no recipe")
+
+    torch._dynamo.register_backend(fails, name="fails_in_a_test")
+    module, x = Net(), Rows().rows[:2]
+    graphs = NetworkGraphs(module, torch.device("cpu"), InferenceConfig(), "fails_in_a_test")
+    with (
+        torch.inference_mode(),
+        graphs.attached(),
+        pytest.warns(UserWarning, match="`net` runs without torch.compile: compiling it failed .*no recipe"),
+    ):
+        for _ in range(4):
+            with graphs.step():
+                assert_equal(module.net(x), nn.Sequential(*module.net)(x))
+
+
+@pytest.mark.usefixtures("eager")
+def test_in_eager_mode_compiled_networks_survive_to_the_next_run_and_notice_new_weights() -> None:
+    module, ours = Net(), trainer(HPUInferenceAccelerator())
+    for change in (0.0, 0.0, 1.0):
+        module.load_state_dict({name: tensor + change for name, tensor in module.state_dict().items()})
+        assert_equal(ours.predict(module, rows(12, 2)), predict("cpu", copy.deepcopy(module), rows(12, 2)))
+
+
+@pytest.mark.parametrize(
+    ("lazy", "hpu_graphs", "message"),
+    [
+        (True, "compile", "`hpu_graphs='compile'` is not possible in lazy mode. Set PT_HPU_LAZY_MODE=0"),
+        (False, "hpu_graph", "`hpu_graphs='hpu_graph'` is not possible in eager mode. Set PT_HPU_LAZY_MODE=1"),
+    ],
+)
+def test_what_the_mode_cannot_do_is_refused(lazy: bool, hpu_graphs: Any, message: str) -> None:
+    emulator.install(emulator.EmulatorConfig(lazy=lazy))
+    try:
+        with pytest.raises(MisconfigurationException, match=message):
+            predict(HPUInferenceAccelerator(hpu_graphs=hpu_graphs), Net(), rows(4, 2))
+        with pytest.raises(MisconfigurationException, match=message):
+            InferencePipeline(nn.Linear(4, 4), config=InferenceConfig(hpu_graphs=hpu_graphs))
+    finally:
+        emulator.uninstall()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_in_lazy_mode_the_name_of_hpu_graphs_means_the_same_as_true() -> None:
+    assert_like_stock(HPUInferenceAccelerator(hpu_graphs="hpu_graph"), Net(), rows(12, 2))
+    assert emulator.stats().captures == 1
+
+
+def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
+    torch._dynamo.reset()
+    for hpu_graphs in (True, "hpu_graph"):
+        ours = assert_like_stock(HPUInferenceAccelerator(hpu_graphs=hpu_graphs), Net(), rows(12, 2))
+        assert vars(ours.predict_loop)["_graphs"] is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+def test_on_the_cpu_inductor_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler the network is compiled; without one it runs plainly. Either way the numbers are right."""
+    torch._dynamo.reset()
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):  # inductor would set them for good
+        monkeypatch.setenv(name, str(tmp_path))
+    with _inductor.config.patch(compile_threads=1):
+        ours = assert_like_stock(HPUInferenceAccelerator(hpu_graphs="compile"), Net(), rows(12, 2))
+    loop: Any = ours.predict_loop
+    assert (loop._graphs.counts.captures, loop._graphs.counts.replays) == (1, 3)
+    torch._dynamo.reset()
