@@ -218,7 +218,8 @@ def _staged(events: list[_Event], copies: Mapping[object, Lane]) -> Iterator[tup
     """The events of one thread that say something that those around them do not."""
     around: list[tuple[float, Stage]] = []
     for event in events:
-        while around and around[-1][0] <= event.start:
+        # A microsecond and a duration add up to an end that is a nanosecond off.
+        while around and around[-1][0] <= event.start + 5e-9:
             around.pop()
         stage = _stage(event, copies)
         if stage is None or (around and (around[-1][1] in _CLOSED or stage == Stage.LAUNCH)):

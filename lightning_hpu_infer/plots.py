@@ -52,6 +52,8 @@ _INNER = 0.42
 """Height of a box inside of another."""
 _LEVELS, _LEVEL = 3, 0.33
 """Lines of reasons below the device, and the height of each."""
+_SLACK = 5e-9
+"""Seconds by which spans that touch may overlap."""
 _NAMED = 3
 """Stages that a sum of idle times names."""
 _WORTH_SAYING = 0.012
@@ -234,19 +236,24 @@ class _Picture:
     def _place_reasons(self) -> tuple[list[_Reason], bool]:
         """Words for the longest idle times, as far as there is room, and whether none is left out."""
         placed: list[_Reason] = []
+        all_said = True
         for gap in sorted(self._gaps, key=lambda gap: gap[0][0] - gap[-1][1]):
             left, right = self._clip(gap)
-            if right - left < _WORTH_SAYING * self._width:
-                return placed, False
-            text = f"{_reason([gap])} {_duration(gap[-1][1] - gap[0][0])}"
-            half = (_points(text) + 6) / self._points_per_ms / 2
-            middle = max(min((left + right) / 2, self._width - half), half)
-            free = (level for level in range(_LEVELS - 1) if not self._taken(placed, level, middle, half))
-            level = next(free, None)
-            if level is None:
-                return placed, False
-            placed.append(_Reason(left, right, text, middle, level))
-        return placed, True
+            reason = self._place(placed, gap, left, right) if right - left >= _WORTH_SAYING * self._width else None
+            if reason is not None:
+                placed.append(reason)
+            elif self._start <= gap[0][0] and gap[-1][1] <= self._end:
+                all_said = False
+        return placed, all_said
+
+    def _place(self, placed: list[_Reason], gap: list[Piece], left: float, right: float) -> _Reason | None:
+        text = f"{_reason([gap])} {_duration(gap[-1][1] - gap[0][0])}"
+        half = (_points(text) + 6) / self._points_per_ms / 2
+        middle = max(min((left + right) / 2, self._width - half), half)
+        for level in range(_LEVELS - 1):
+            if not self._taken(placed, level, middle, half):
+                return _Reason(left, right, text, middle, level)
+        return None
 
     def _taken(self, placed: list[_Reason], level: int, middle: float, half: float) -> bool:
         others = (reason for reason in placed if reason.level == level)
@@ -296,7 +303,10 @@ class _Picture:
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
         axes.set_title(title, loc="left", fontsize=10, pad=6)
-        handles = [Patch(facecolor=_COLOURS[0], edgecolor=_INK, linewidth=0.7, label="one colour and number per batch")]
+        handles = []
+        if any(span.batch is not None for span in self._spans):
+            label = "one colour and number per batch"
+            handles.append(Patch(facecolor=_COLOURS[0], edgecolor=_INK, linewidth=0.7, label=label))
         if any(span.stage in _WAITS for span in self._spans):
             handles.append(Patch(facecolor="white", edgecolor="#888888", linestyle=(0, (2, 2)), label="thread waits"))
         if Lane.DEVICE in self._rows:
@@ -323,9 +333,10 @@ def _boxes(spans: list[Span], start: float, end: float) -> list[_Box]:
     around: list[_Box] = []
     seen = (span for span in spans if start < span.end > span.start < end)
     for span in sorted(seen, key=lambda span: (span.start, -span.end)):
-        while around and around[-1].span.end <= span.start:
+        # Times that were written as microseconds and a duration come back a nanosecond off.
+        while around and around[-1].span.end <= span.start + _SLACK:
             around.pop()
-        inner = bool(around) and span.end <= around[-1].span.end
+        inner = bool(around) and span.end <= around[-1].span.end + _SLACK
         if inner:
             around[-1].outer = True
         boxes.append(_Box(span, (span.start - start) * 1e3, (span.end - start) * 1e3, inner))

@@ -643,6 +643,7 @@ def _plain(value: object) -> object:
     return value.value if isinstance(value, Enum) else value
 
 
+_WORTH_PRINTING = 0.005
 _COLOURS = {Severity.NONE: "green", Severity.MODERATE: "yellow", Severity.HIGH: "red"}
 
 
@@ -664,8 +665,12 @@ def _render(report: Report) -> "RenderableType":
     if report.causes:
         of = "of the device's time" if report.device else "of the run"
         causes = table("The device was idle for" if report.device else "The main thread was in", "seconds", of)
-        for cause in report.causes:
+        shown = [cause for cause in report.causes if cause.share >= _WORTH_PRINTING] or report.causes[:1]
+        for cause in shown:
             causes.add_row(cause.label, f"{cause.seconds:.3f}", f"{cause.share:.1%}")
+        if rest := report.causes[len(shown) :]:
+            share, seconds = (sum(getattr(cause, name) for cause in rest) for name in ("share", "seconds"))
+            causes.add_row("all else", f"{seconds:.3f}", f"{share:.1%}")
         parts.append(causes)
     stages = table("Stage", "lane", "seconds", "of the run", "ms each")
     for time in report.stages:
