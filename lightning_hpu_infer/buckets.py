@@ -1,6 +1,5 @@
 """Batches of many lengths on few: padded to buckets on the host, their outputs cut back."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -23,7 +22,7 @@ class Buckets:
     """Pads each batch to the smallest bucket that holds it.
 
     With "auto" and lengths that nobody knows, the first batches are only padded to a multiple, and the buckets chosen
-    from their lengths. Those of a run are remembered for the next.
+    from their lengths. Where batches come in order of length, they are chosen for the next run.
 
     Args:
         config: `bucket_lengths`, `pad_spec`, `num_buckets` and `bucket_multiple` are used.
@@ -38,23 +37,25 @@ class Buckets:
         if config.bucket_lengths is not None and config.bucket_lengths != "auto":
             self.chosen = list(config.bucket_lengths)
         self._seen: list[int] = []
-        self._in_order = True
+        self._grouped = False
+        self._expected: list[int] | None = None
         self._warned = False
         self.real = self.padded = 0
         """Totals of the run: lengths of its batches before and after padding."""
 
-    def start(self, expected: Iterable[int], *, grouped: bool) -> None:
+    def start(self, expected: list[int]) -> None:
         """Begin a run.
 
         Args:
-            expected: Lengths of the run's batches, if they are known.
-            grouped: Whether the batches come in the order of their lengths, so that the first tell nothing of others.
+            expected: Lengths of the run's batches, longest first, if they are known. They are not believed if the first
+                batch has another length: whoever gave them may have counted characters, and the batches tokens.
         """
         self.real = self.padded = 0
-        self._in_order = not grouped
-        lengths = [*expected] or self._seen
-        if self.chosen is None and lengths:
-            self._choose(lengths)
+        self._grouped, self._expected = bool(expected), None
+        if self.chosen is None and self._seen:
+            self._choose(self._seen)
+        elif self.chosen is None and expected:
+            self._expected = expected
 
     def pad(self, batch: Any) -> tuple[Any, Lengths]:
         """The batch, padded. For any thread, and host tensors.
@@ -63,9 +64,13 @@ class Buckets:
             ValueError: If the batch has not what `pad_spec` names, or its tensors differ in length.
         """
         length = self.spec.length_of(batch)
-        if self._config.bucket_lengths == "auto" and self.chosen is None:
+        expected, self._expected = self._expected, None
+        if self.chosen is None and expected is not None and expected[0] == length:
+            self._choose(expected)
+        if self.chosen is None:
             self._seen.append(length)
-            if self._in_order and len(self._seen) > OBSERVED_BATCHES:
+            # In order of length, the first batches tell nothing of the others.
+            if len(self._seen) > OBSERVED_BATCHES and not self._grouped:
                 self._choose(self._seen)
         lengths = Lengths(length, self._bucket_of(length))
         self.real += lengths.real

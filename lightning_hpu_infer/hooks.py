@@ -26,6 +26,7 @@ class BatchHooks:
 
     Args:
         trainer: A `Trainer` whose run has started: callbacks and datamodule are final.
+        threaded: Whether a thread calls `before_transfer`, while others call the rest.
         trace: Where the stages of the main thread are recorded.
     """
 
@@ -34,7 +35,7 @@ class BatchHooks:
     end: Hook
     """`on_predict_batch_end`, likewise, with the outputs first."""
     before_transfer: Hook
-    """`on_before_batch_transfer` of module or datamodule: `(batch, dataloader_idx) -> batch`. For any thread."""
+    """`on_before_batch_transfer` of module or datamodule: `(batch, dataloader_idx) -> batch`."""
     to_device: Hook
     """The strategy's `batch_to_device`: `(batch, dataloader_idx) -> batch`."""
     step: Hook
@@ -42,7 +43,7 @@ class BatchHooks:
     end_reads_outputs: bool
     """Whether any end hook could read an output. Lightning's own progress bars do not."""
 
-    def __init__(self, trainer: Any, trace: Trace | None = None) -> None:
+    def __init__(self, trainer: Any, *, threaded: bool, trace: Trace | None = None) -> None:
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
@@ -52,7 +53,7 @@ class BatchHooks:
             not _is_stock("on_predict_batch_end", listener) and not _is_lightnings_bar(listener)
             for listener in self._listeners()
         )
-        self.before_transfer = self._data_hook("on_before_batch_transfer", named=False)
+        self.before_transfer = self._data_hook("on_before_batch_transfer", named=not threaded)
         self.to_device = self._to_device()
         self.step = self._step()
         if trace is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -88,15 +88,12 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self._graphs = None
 
     def run(self) -> Any:
-        """Predict every batch. Without `pipelining` this is stock Lightning's loop."""
-        # A step that pulls its own batches cannot be fed ahead.
+        """Predict every batch. Without `pipelining` everything happens in stock Lightning's order."""
+        # A step that pulls its own batches cannot be fed.
         pulls = pulls_batches(self.trainer.lightning_module)
-        with self._recorded() if self.config.trace is not None and not pulls else nullcontext():
-            # Stock Lightning's order is that of our loop with nothing ahead or behind, where there are our spans.
-            pipelined = (self.config.pipelining or self._trace is not None) and not pulls
-            self._order = self.config if self.config.pipelining else replace(self.config, **_STOCK_ORDER)
-            with self._on_device(prepares=not pipelined):
-                return self._run_pipelined() if pipelined else super().run()
+        recorded = self._recorded() if self.config.trace is not None and not pulls else nullcontext()
+        with recorded, self._on_device():
+            return super().run() if pulls else self._run()
 
     def setup_data(self) -> None:
         """Make the dataloaders, and put their samples in order of length if asked to."""
@@ -107,7 +104,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             loaders = zip(self._combined_loader.flattened, self.max_batches, strict=True)
             self._reordered = [Reordered(loader, batches, by) for loader, batches in loaders]
         if self._buckets is not None:
-            self._buckets.start([], grouped=by is not None)
+            self._buckets.start([length for loader in self._reordered for length in loader.longest])
 
     def reset(self) -> None:
         """Begin a run."""
@@ -132,38 +129,41 @@ class PipelinedPredictionLoop(_PredictionLoop):
         return self.config.async_copy and bool(self.trainer.strategy.root_device.type == _habana.DEVICE_TYPE)
 
     @_no_grad_context
-    def _run_pipelined(self) -> Any:
+    def _run(self) -> Any:
         self.setup_data()
         if self.skip:
             return None
         self.reset()
         self.on_run_start()
-        self._hooks = BatchHooks(self.trainer, self._trace)
-        in_flight = InFlight(self._launch, self._order.in_flight)
+        depth, trace = self._depth(), self._trace
+        self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
+        # Grad and inference mode are per thread.
+        mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
-            with suppress(StopIteration):
-                self._launch_all(in_flight)
-                self._drain(in_flight)
+            with suppress(StopIteration), Prefetcher(self._prepared_batches(depth), depth, mode) as prepared:
+                batches: Iterator[_Batch] = prepared
+                if trace is not None and depth:
+                    batches = iter(trace.main.wrap(Stage.WAIT_INPUT, partial(next, prepared)), None)
+                (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(batches)
         finally:
             self._restarting = False
-            # An error's traceback holds this frame and so this object; what was in flight must not live as long.
-            in_flight.clear()
             del self._hooks
         return self.on_run_end()
 
-    def _launch_all(self, in_flight: InFlight[_Batch]) -> None:
+    def _predict_in_order(self, prepared: Iterator[_Batch]) -> None:
+        """The order of stock Lightning: a batch is finished before the next one is fetched."""
+        for item in prepared:
+            # Without a name for the output, so that it is gone from the device before the next step.
+            self._finish(item, self._cut(self._step(item), item.lengths))
+
+    def _predict_pipelined(self, prepared: Iterator[_Batch]) -> None:
         """The order of the stages: batches are prepared ahead, launched, and retired behind."""
         loader = 0
-        # Grad and inference mode are per thread.
-        mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
-        depth, trace = self._depth(), self._trace
-        with Prefetcher(self._prepared_batches(depth), depth, mode) as prepared:
-            following: Iterator[_Batch] = prepared
-            if trace is not None and depth:
-                following = iter(trace.main.wrap(Stage.WAIT_INPUT, partial(next, prepared)), None)
+        in_flight = InFlight(self._launch, self.config.in_flight)
+        try:
             warm = not self.config.warm_up
-            while (item := self._next(following, in_flight)) is not None:
+            while (item := self._next(prepared, in_flight)) is not None:
                 if not warm:
                     warm = True
                     self._warm_up(item)
@@ -174,9 +174,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 try:
                     in_flight.launch(item)
                 except StopIteration:
-                    return
+                    break
                 if in_flight.overdue:
                     self._retire(*in_flight.retire())
+            self._drain(in_flight)
+        finally:
+            # An error's traceback holds this frame and so this object; what was in flight must not live as long.
+            in_flight.clear()
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -219,9 +223,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
         Lightning does so for true half and double precision (`plugins/precision/half.py`); a dataset in a thread
         would make tensors of that dtype or not, by chance.
         """
+        if not self.config.pipelining:
+            return 0
         before = torch.get_default_dtype()
         with self.trainer.precision_plugin.predict_step_context():
-            return self._order.prefetch if torch.get_default_dtype() == before else 0
+            return self.config.prefetch if torch.get_default_dtype() == before else 0
 
     def _drain(self, in_flight: InFlight[_Batch]) -> None:
         while in_flight:
@@ -232,9 +238,12 @@ class PipelinedPredictionLoop(_PredictionLoop):
         trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
         assert fetcher is not None
         stages, buckets = self._stages, self._buckets
-        owns = [_may_reuse_memory(loader) for loader in self._combined_loader.flattened]
+        ahead = self.config.pipelining
+        owns = [ahead and _may_reuse_memory(loader) for loader in self._combined_loader.flattened]
 
         def prepare(batch: Any, dataloader_idx: int) -> tuple[Any, Lengths | None]:
+            if not ahead:
+                self.batch_progress.is_last_batch = fetcher.done
             if owns[dataloader_idx]:
                 batch = own(batch)
             batch = hooks.before_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx)
@@ -266,11 +275,23 @@ class PipelinedPredictionLoop(_PredictionLoop):
             yield _Batch(number, batch, batch_idx, dataloader_idx, is_last, lengths)
 
     def _launch(self, item: _Batch) -> PendingOutput:
-        """Enqueue one batch: stock Lightning's step up to where it would wait for the device."""
-        hooks, progress, dataloader_idx = self._hooks, self.batch_progress, item.dataloader_idx
+        """Enqueue one batch without waiting for the device."""
+        output = self._step(item)
+        wanted = item.store
+        if self.config.defer_hooks:
+            wanted |= self._hooks.end_reads_outputs
+            item.moment = self._moment()
+        else:
+            output = self._cut(output, item.lengths)
+            self._end(item, output)
         trace = None if self._trace is None else self._trace.main
-        if trace is not None:
-            trace.batch = item.number
+        return PendingOutput(output, self.trainer.strategy.root_device, fetch=wanted, trace=trace)
+
+    def _step(self, item: _Batch) -> Any:
+        """Stock Lightning's step up to its end hooks."""
+        hooks, progress, dataloader_idx = self._hooks, self.batch_progress, item.dataloader_idx
+        if self._trace is not None:
+            self._trace.main.batch = item.number
         progress.is_last_batch = item.is_last
         batch = hooks.to_device(item.batch, dataloader_idx)
         item.batch = None
@@ -287,14 +308,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         if output is None:
             self._warning_cache.warn("predict returned None if it was on purpose, ignore this warning...")
         progress.increment_processed()
-
-        if not self._order.defer_hooks:
-            output = self._cut(output, item.lengths)
-            self._end(item, output)
-            return PendingOutput(output, self.trainer.strategy.root_device, fetch=item.store, trace=trace)
-        item.moment = self._moment()
-        fetch = item.store or hooks.end_reads_outputs
-        return PendingOutput(output, self.trainer.strategy.root_device, fetch=fetch, trace=trace)
+        return output
 
     def _retire(self, item: _Batch, output: Any) -> None:
         """Finish the oldest batch, whose output has arrived."""
@@ -304,10 +318,10 @@ class PipelinedPredictionLoop(_PredictionLoop):
             # counters, from the loop when they are called. After an error the earlier moment stays in view.
             newest = self._moment()
             self._show(item.moment)
-            self._end(item, output)
+            self._finish(item, output)
             self._show(newest)
-        if item.store:
-            self._predictions[item.dataloader_idx].append(move_data_to_device(output, _HOST))
+        else:
+            self._store(item, output)
 
     def _cut(self, output: Any, lengths: Lengths | None) -> Any:
         return output if self._buckets is None or lengths is None else self._buckets.cut(output, lengths)
@@ -335,10 +349,20 @@ class PipelinedPredictionLoop(_PredictionLoop):
                     host = stage(batch) if self._stages else batch
                     hooks.step(hooks.to_device(host, item.dataloader_idx), *args)
 
+    def _finish(self, item: _Batch, output: Any) -> None:
+        self._end(item, output)
+        self._store(item, output)
+
     def _end(self, item: _Batch, output: Any) -> None:
         self._hooks.end(output, *item.hook_args)
         self.batch_progress.increment_completed()
         item.hook_args = ()
+
+    def _store(self, item: _Batch, output: Any) -> None:
+        if item.store:
+            if self._trace is not None and not self.config.pipelining:
+                output = PendingOutput(output, self.trainer.strategy.root_device, trace=self._trace.main).result()
+            self._predictions[item.dataloader_idx].append(move_data_to_device(output, _HOST))
 
     def _moment(self) -> _Moment:
         progress = self.batch_progress
@@ -360,13 +384,10 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.trainer.profiler.stop(_FETCH_SPAN)
 
     @contextmanager
-    def _on_device(self, *, prepares: bool) -> Iterator[None]:
+    def _on_device(self) -> Iterator[None]:
         """Put graphs and step markers into the strategy's `predict_step`.
 
-        They are shadowed on the object, so that this works with whichever strategy there is.
-
-        Args:
-            prepares: Whether the strategy also pads and stages, because no thread does.
+        It is shadowed on the object, so that this works with whichever strategy there is.
         """
         strategy = self.trainer.strategy
         if "predict_step" in vars(strategy):
@@ -374,18 +395,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
             yield
             return
         graphs = self._graphs_of_run()
-        step = DeviceStep(strategy.predict_step, strategy.root_device, graphs)
-        shadows: dict[str, Any] = {"predict_step": step}
-        if prepares and (self._stages or self._buckets is not None):
-            shadows = self._preparing(strategy.batch_to_device, step)
-        vars(strategy).update(shadows)
+        vars(strategy)["predict_step"] = DeviceStep(strategy.predict_step, strategy.root_device, graphs)
         try:
             trace = None if self._trace is None else self._trace.main
             with graphs.attached(trace) if graphs is not None else nullcontext():
                 yield
         finally:
-            for name in shadows:
-                delattr(strategy, name)
+            del strategy.predict_step
 
     def _graphs_of_run(self) -> NetworkGraphs | None:
         """The graphs of the run before if they are of use, else none yet."""
@@ -398,25 +414,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._graphs = NetworkGraphs(module, device, self.config, kind)
         return self._graphs
 
-    def _preparing(self, move: Hook, step: Hook) -> dict[str, Hook]:
-        """A strategy's `batch_to_device` and `predict_step` with what the prefetching thread does otherwise."""
-        lengths: list[Lengths] = []
 
-        def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._buckets is not None:
-                batch, padded = self._buckets.pad(batch)
-                lengths[:] = [padded]
-            return move(stage(batch) if self._stages else batch, *args, **kwargs)
-
-        def predict_step(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
-            return self._cut(output, lengths.pop()) if lengths else output
-
-        return {"batch_to_device": batch_to_device, "predict_step": predict_step}
-
-
-# What `pipelining=False` means in this loop.
-_STOCK_ORDER: dict[str, Any] = {"prefetch": 0, "in_flight": 0, "defer_hooks": False, "warm_up": False}
 # Stock Lightning's name, which its own tools and users' filters look for.
 _FETCH_SPAN = f"[{_PredictionLoop.__name__}].predict_next"
 

@@ -164,7 +164,7 @@ def lengths_after(buckets: Buckets, lengths: Sequence[int]) -> list[int]:
 
 def test_auto_observes_first_and_then_chooses_the_best() -> None:
     buckets = auto(bucket_multiple=4)
-    buckets.start([], grouped=False)
+    buckets.start([])
     seen = [1 + (7 * i) % 50 for i in range(OBSERVED_BATCHES)]
     assert lengths_after(buckets, seen) == [-(-length // 4) * 4 for length in seen]
     assert buckets.chosen is None
@@ -178,17 +178,18 @@ def test_auto_observes_first_and_then_chooses_the_best() -> None:
 
 def test_auto_uses_lengths_that_are_known() -> None:
     buckets = auto(bucket_multiple=1)
-    buckets.start([9, 9, 5, 2], grouped=True)
+    buckets.start([9, 9, 5, 2])
+    assert lengths_after(buckets, [9, 9, 4, 2]) == [9, 9, 5, 2]
     assert buckets.chosen == [2, 5, 9]
 
 
 def test_auto_does_not_judge_by_the_first_batches_if_they_are_the_longest() -> None:
     buckets = auto(bucket_multiple=1)
-    buckets.start([], grouped=True)
     lengths = list(range(200, 0, -1))
+    buckets.start([4 * length for length in lengths])  # characters, say, where the batches have tokens
     assert lengths_after(buckets, lengths) == lengths
     assert buckets.chosen is None
-    buckets.start([], grouped=True)
+    buckets.start([4 * length for length in lengths])
     assert buckets.chosen == best_buckets(lengths, 3, 1)
 
 
