@@ -318,7 +318,7 @@ class _Picture:
             handles=handles,
             loc="lower left",
             bbox_to_anchor=(_LEFT_INCHES / _WIDTH_INCHES - 0.007, 0.0),
-            ncol=len(handles),
+            ncol=max(len(handles), 1),
             fontsize=8.5,
             frameon=False,
             handlelength=1.6,
