@@ -91,6 +91,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Predict every batch. Without `pipelining` everything happens in stock Lightning's order."""
         # A step that pulls its own batches cannot be fed.
         pulls = pulls_batches(self.trainer.lightning_module)
+        if pulls and self.config.trace is not None:
+            rank_zero_warn("`trace` has no effect: `predict_step` pulls its batches itself, so their stages are unknown.")
         recorded = self._recorded() if self.config.trace is not None and not pulls else nullcontext()
         with recorded, self._on_device():
             return super().run() if pulls else self._run()

@@ -1,6 +1,7 @@
 """A traced run: from the first span to the files that show where its time went."""
 
 from bisect import bisect
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,14 @@ class TracedRun:
     def finish(self, counters: Counters) -> Report | None:
         """End the recording and judge the run. None if there was no batch."""
         self.spans = self.trace.spans()
+        launched = {span.batch for span in self.spans if span.stage == Stage.LAUNCH}
+        # The fetch that finds the end of the data, say, is for no batch.
+        self.spans = [span if span.batch in launched else replace(span, batch=None) for span in self.spans]
         measured_on = "cpu"
         if self._on_hpu:
             measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
             self.spans += _device_spans(_habana.stop_timeline(), self.spans)
-        if not any(span.batch is not None for span in self.spans):
+        if not launched:
             return None
         return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on)
 
@@ -76,7 +80,10 @@ class TracedRun:
 
 
 def _device_spans(recorded: list[Any], host: list[Span]) -> list[Span]:
-    """The device's lanes. Work belongs to the batch that the main thread was at when it handed the work over."""
+    """The device's lanes. Work belongs to the batch that the main thread was at when it handed the work over.
+
+    What Lightning asks of the device before the first batch is left out.
+    """
     main = sorted((span for span in host if span.lane == Lane.MAIN), key=lambda span: span.start)
     starts = [span.start for span in main]
     spans = []
@@ -84,5 +91,6 @@ def _device_spans(recorded: list[Any], host: list[Span]) -> list[Span]:
         lane = _LANES.get(each.queue, Lane.DEVICE)
         stage = Stage.COMPILE if each.kind == "compile" else _STAGES[lane]
         place = bisect(starts, each.queued_at)
-        spans.append(Span(stage, lane, each.start, each.end, main[place - 1].batch if place else None, each.nbytes))
+        if place and (batch := main[place - 1].batch) is not None:
+            spans.append(Span(stage, lane, each.start, each.end, batch, each.nbytes))
     return spans

@@ -63,11 +63,13 @@ def test_only_one_module_imports_habana_frameworks() -> None:
 
 # Who may be imported by whom: each module only from those before it.
 ORDER = [
-    {"config", "_habana", "hooks", "watch"},
-    {"prefetch", "transfer", "graphs", "fetch"},
-    {"pipeline"},
-    {"loop"},
-    {"accelerator"},
+    {"_habana", "shapes", "signature", "trace", "watch"},
+    {"config", "fetch", "grouping", "hooks", "prefetch", "transfer"},
+    {"buckets", "chrome", "graphs", "reorder", "report"},
+    {"networks", "plots", "doctor"},
+    {"pipeline", "tracing", "diagnose"},
+    {"loop", "cli"},
+    {"accelerator", "__main__"},
     {"strategies"},
 ]
 

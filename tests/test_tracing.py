@@ -1,0 +1,174 @@
+"""`trace=`: spans of every stage of every batch, and what a run leaves behind."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_hpu_infer import HPUInferenceAccelerator, chrome, emulator
+from lightning_hpu_infer.report import Report
+from lightning_hpu_infer.trace import Lane, Span, Stage
+from tests.helpers import ALL_OFF, Broken, BrokenStep, HookLog, Net, Writer, assert_equal, predict, rows, trainer
+
+BATCHES = 6
+FILES = {"trace.json", "report.json", "timeline.png", "timeline.svg"}
+
+
+def traced(folder: Path, **flags: Any) -> tuple[list[Span], Report]:
+    """Spans and report of a run whose predictions equal stock's."""
+    accelerator = HPUInferenceAccelerator(trace=folder, **flags)
+    expected = predict("cpu", Net(), rows(2 * BATCHES, 2))
+    assert_equal(predict(accelerator, Net(), rows(2 * BATCHES, 2), callbacks=[HookLog()]), expected)
+    assert {path.name for path in folder.iterdir()} == FILES
+    spans, about = chrome.read(folder / "trace.json")
+    assert accelerator.report is not None
+    assert Report.from_json((folder / "report.json").read_text()) == accelerator.report
+    assert about["report"] == json.loads(accelerator.report.to_json())
+    return spans, accelerator.report
+
+
+def stages(spans: list[Span], lane: Lane, batch: int) -> list[Stage]:
+    """What a lane did for a batch, in order of time, inner spans behind their outer ones."""
+    found = [span for span in spans if span.lane == lane and span.batch == batch]
+    return [span.stage for span in sorted(found, key=lambda span: (span.start, -span.end))]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_every_stage_of_every_batch_is_recorded(tmp_path: Path) -> None:
+    spans, report = traced(tmp_path)
+    for batch in range(BATCHES):
+        assert stages(spans, Lane.PREFETCH, batch) == [Stage.FETCH, Stage.PREPARE, Stage.PIN]
+        network = [] if batch == 0 else [Stage.CAPTURE] if batch < 4 else [Stage.REPLAY]
+        inner = [stage for stage in stages(spans, Lane.MAIN, batch) if stage != Stage.WAIT_INPUT]
+        # The first replay is verified, so it lies within a span of capture.
+        if batch == 3:
+            network.append(Stage.REPLAY)
+        assert inner == [
+            Stage.COPY_IN,
+            Stage.START_HOOKS,
+            Stage.LAUNCH,
+            *network,
+            Stage.WAIT_OUTPUT,
+            Stage.COPY_OUT,
+            Stage.END_HOOKS,
+        ]
+    assert (report.batches, report.measured_on) == (BATCHES, "emulated HPU")
+    assert (report.counters.captures, report.counters.replays, report.counters.plain_calls) == (1, 3, 3)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_in_stock_order_all_stages_are_the_main_threads(tmp_path: Path) -> None:
+    spans, _ = traced(tmp_path, **ALL_OFF)
+    assert {span.lane for span in spans if span.lane == Lane.PREFETCH} == set()
+    for batch in range(BATCHES):
+        assert stages(spans, Lane.MAIN, batch) == [
+            Stage.FETCH,
+            Stage.PREPARE,
+            Stage.COPY_IN,
+            Stage.START_HOOKS,
+            Stage.LAUNCH,
+            Stage.END_HOOKS,
+            Stage.WAIT_OUTPUT,
+            Stage.COPY_OUT,
+        ]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_devices_work_belongs_to_the_batch_that_was_launched(tmp_path: Path) -> None:
+    spans, report = traced(tmp_path, **(ALL_OFF | {"pipelining": True}))
+    stats = emulator.stats()
+    copies = [span for span in spans if span.lane == Lane.H2D]
+    # One input per batch; what Lightning asks of the device before the first batch is no part of it.
+    assert Counter(span.batch for span in copies) == dict.fromkeys(range(BATCHES), 1)
+    assert {span.nbytes for span in copies} == {2 * 4 * 4}
+    assert {span.batch for span in spans if span.lane == Lane.DEVICE} == set(range(BATCHES))
+    # `HookLog` reads each batch on the host too.
+    assert {span.batch for span in spans if span.lane == Lane.D2H} == set(range(BATCHES))
+    assert report.device is not None
+    assert report.device.busy <= stats.busy_s
+
+
+def test_on_the_cpu_there_are_host_lanes_only(tmp_path: Path) -> None:
+    spans, report = traced(tmp_path)
+    assert {span.lane for span in spans} == {Lane.MAIN, Lane.PREFETCH}
+    assert (report.device, report.measured_on) == (None, "cpu")
+
+
+def test_batches_are_counted_over_all_dataloaders(tmp_path: Path) -> None:
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    predict(accelerator, Net(), [rows(4, 2), rows(6, 2)])
+    spans, _ = chrome.read(tmp_path / "trace.json")
+    assert [span.batch for span in spans if span.stage == Stage.LAUNCH] == list(range(5))
+    # The fetch that finds the end belongs to no batch.
+    assert [span.batch for span in spans if span.stage == Stage.FETCH] == [*range(5), None]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_trace_changes_no_hook_and_no_writer(tmp_path: Path) -> None:
+    for flags in (ALL_OFF, {}):
+        seen = []
+        for trace in (None, tmp_path):
+            log, writer = HookLog(), Writer("batch_and_epoch")
+            predict(HPUInferenceAccelerator(trace=trace, **flags), Net(), rows(7, 2), callbacks=[log, writer])
+            seen.append((log.calls, [each[:3] for each in writer.batches], writer.epoch[1]))
+        assert seen[0] == seen[1]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_rule_11_a_run_that_fails_leaves_no_files_and_the_next_one_does(tmp_path: Path) -> None:
+    accelerator = HPUInferenceAccelerator(trace=tmp_path / "new")
+    ours = trainer(accelerator)
+    with pytest.raises(Broken):
+        ours.predict(BrokenStep(), rows(20, 2))
+    assert not (tmp_path / "new").exists()
+    assert accelerator.report is None
+    ours.predict(Net(), rows(4, 2))
+    assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+
+
+def test_without_a_batch_there_is_no_report(tmp_path: Path) -> None:
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    predict(accelerator, Net(), rows(4, 2), limit_predict_batches=0)
+    assert accelerator.report is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_folder_nothing_is_recorded() -> None:
+    accelerator = HPUInferenceAccelerator()
+    ours = trainer(accelerator)
+    ours.predict(Net(), rows(4, 2))
+    assert accelerator.report is None
+    assert vars(ours.predict_loop)["_trace"] is None
+
+
+def test_a_folder_is_a_path() -> None:
+    with pytest.raises(TypeError, match="`trace` must be a folder or None, got True"):
+        HPUInferenceAccelerator(trace=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_pulls_its_batches_is_not_recorded(tmp_path: Path) -> None:
+    class Pulls(Net):
+        def predict_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            batch, _, _ = next(dataloader_iter)
+            return self.net(batch)
+
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    with pytest.warns(UserWarning, match="`trace` has no effect: `predict_step` pulls its batches itself"):
+        predictions = predict(accelerator, Pulls(), DataLoader(list(rows(4, 2)), batch_size=None))  # type: ignore[arg-type]
+    assert len(predictions) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_trace_opens_in_perfetto(tmp_path: Path) -> None:
+    """Its format: complete events with microseconds, and names for the lanes."""
+    traced(tmp_path)
+    document = json.loads((tmp_path / "trace.json").read_text())
+    events = document["traceEvents"]
+    assert {event["ph"] for event in events} == {"M", "X"}
+    names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {lane.value for lane in Lane} <= names
