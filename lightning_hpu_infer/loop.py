@@ -92,7 +92,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         # A step that pulls its own batches cannot be fed.
         pulls = pulls_batches(self.trainer.lightning_module)
         if pulls and self.config.trace is not None:
-            rank_zero_warn("`trace` has no effect: `predict_step` pulls its batches itself, so their stages are unknown.")
+            rank_zero_warn("`trace` has no effect: `predict_step` pulls its batches itself, stage by stage unseen.")
         recorded = self._recorded() if self.config.trace is not None and not pulls else nullcontext()
         with recorded, self._on_device():
             return super().run() if pulls else self._run()

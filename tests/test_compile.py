@@ -157,7 +157,8 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
 def test_on_the_cpu_inductor_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler the network is compiled; without one it runs plainly. Either way the numbers are right."""
     torch._dynamo.reset()
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):  # inductor would set them for good
+    # Inductor would set them for good.
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
         monkeypatch.setenv(name, str(tmp_path))
     with _inductor.config.patch(compile_threads=1):
         ours = assert_like_stock(HPUInferenceAccelerator(hpu_graphs="compile"), Net(), rows(12, 2))

@@ -121,7 +121,7 @@ class Interrupted(Net):
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_rule_11_ctrl_c(flags: dict[str, Any]) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     ours = trainer(HPUInferenceAccelerator(**flags))
     threads = threading.active_count()
     try:
@@ -150,7 +150,7 @@ def test_rule_11_ctrl_c_while_waiting_for_the_dataset() -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         interrupted.set()
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     finger = threading.Thread(target=press)
     finger.start()
     try:

@@ -254,7 +254,7 @@ def test_rule_12_ctrl_c_in_a_capture() -> None:
     x = Rows().rows[:2].to(HPU)
     module.to(HPU).eval()
     with torch.inference_mode():
-        with pytest.raises(KeyboardInterrupt), graphs.attached():
+        with pytest.raises(KeyboardInterrupt), graphs.attached():  # noqa: PT012
             with graphs.step():
                 module.net(x)
             module.net(x)

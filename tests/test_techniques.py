@@ -181,8 +181,8 @@ def test_every_shape_that_comes_back_is_a_graph() -> None:
 def test_more_input_shapes_than_max_graphs_push_out_the_least_recently_used() -> None:
     lengths = [torch.randn(n, 4) for n in (1, 2, 3, 1, 2, 1, 3, 1, 2, 2)]
     stats = counted({"max_graphs": 2, "verify_graphs": 0}, loader=DataLoader(lengths, batch_size=None))  # type: ignore[arg-type]
-    # The first step finds the network; 2, 3 and 1 run plainly; 2 and 1 are captured, then 3 in place of 2; 1 is replayed;
-    # 2 is new again and runs plainly, then is captured in place of 3.
+    # The first step finds the network; 2, 3 and 1 run plainly; 2 and 1 are captured, then 3 in place of 2; 1 is
+    # replayed; 2 is new again and runs plainly, then is captured in place of 3.
     assert (stats.captures, stats.replays) == (4, 4 + 1)
 
 
