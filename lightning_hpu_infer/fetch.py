@@ -34,7 +34,8 @@ class PendingOutput:
     def __init__(
         self, output: Any, device: torch.device, *, fetch: bool = True, trace: LaneTrace | None = None
     ) -> None:
-        tensors = list(_tensors(output))
+        tensors = [output] if type(output) is Tensor else list(_tensors(output))
+        on_hpu = device.type == _habana.DEVICE_TYPE
         self._output = output
         self._versions: list[tuple[Tensor, int]] = []
         if not torch.is_inference_mode_enabled():
@@ -42,11 +43,9 @@ class PendingOutput:
         elif not all(tensor.is_inference() for tensor in tensors):
             # Nothing that was computed just now: a buffer or a weight, which a later step may overwrite.
             self._output = apply_to_collection(output, Tensor, _own)
-        self._fetch = (
-            fetch and device.type == _habana.DEVICE_TYPE and any(t.device.type == device.type for t in tensors)
-        )
+        self._fetch = on_hpu and fetch and any(tensor.device.type == device.type for tensor in tensors)
         self._event = None
-        if device.type == _habana.DEVICE_TYPE and (trace is not None or not self._fetch):
+        if on_hpu and (trace is not None or not self._fetch):
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
         self._trace = trace

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ProgressBar
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hpu_infer.trace import Stage, Trace
+from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]
 
@@ -43,6 +47,9 @@ class BatchHooks:
     end_reads_outputs: bool
     """Whether any end hook could read an output. Lightning's own progress bars do not."""
 
+    reads_indices: bool
+    """Whether a prediction writer reads the indices of a batch's samples."""
+
     def __init__(self, trainer: Any, *, threaded: bool, trace: Trace | None = None) -> None:
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
@@ -53,6 +60,7 @@ class BatchHooks:
             not _is_stock("on_predict_batch_end", listener) and not _is_lightnings_bar(listener)
             for listener in self._listeners()
         )
+        self.reads_indices = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         self.before_transfer = self._data_hook("on_before_batch_transfer", named=not threaded)
         self.to_device = self._to_device()
         self.step = self._step()
@@ -112,8 +120,8 @@ class BatchHooks:
     def _data_hook(self, name: str, *, named: bool = True) -> Hook:
         """A hook that belongs to the module unless the datamodule overrides it."""
         owner = self._trainer._data_connector._datahook_selector.get_instance(name)
-        if self._profiler is None and name != "transfer_batch_to_device" and _is_stock(name, owner):
-            return _unchanged
+        if self._profiler is None and _is_stock(name, owner):
+            return _transfer if name == "transfer_batch_to_device" else _unchanged
         kind = "LightningModule" if owner is self._module else "LightningDataModule"
         hook = self._spanned(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
         return self._named(name, hook) if named and owner is self._module else hook
@@ -143,7 +151,7 @@ class BatchHooks:
 
 
 def _is_stock(name: str, owner: object) -> bool:
-    """Whether a hook is Lightning's own, which does nothing. Whatever else it is, it is called."""
+    """Whether a hook is Lightning's own, whose effect is known. Whatever else it is, it is called."""
     function = getattr(getattr(owner, name), "__func__", None)
     return any(function is getattr(base, name, owner) for base in (Callback, LightningModule, LightningDataModule))
 
@@ -154,6 +162,25 @@ def _is_lightnings_bar(listener: object) -> bool:
 
 def _unchanged(batch: Any, dataloader_idx: int) -> Any:
     return batch
+
+
+def _transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    return to_host(batch) if device.type == "cpu" else move_data_to_device(batch, device)
+
+
+def step_of(strategy: Strategy) -> Hook:
+    """A strategy's `predict_step`, or the module's own where the strategy would do nothing but call it."""
+    module, precision = strategy.lightning_module, type(strategy.precision_plugin)
+    if (
+        module is not None
+        and strategy.model is module
+        and getattr(strategy.predict_step, "__func__", None) is Strategy.predict_step
+        and precision.predict_step_context is Precision.predict_step_context
+        and precision.forward_context is Precision.forward_context
+    ):
+        # Looked up at each call: a hook may replace it.
+        return lambda *args, **kwargs: module.predict_step(*args, **kwargs)
+    return strategy.predict_step
 
 
 def pulls_batches(module: LightningModule) -> bool:

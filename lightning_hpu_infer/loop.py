@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.utilities import _no_grad_context
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, default_convert
@@ -21,7 +19,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput
-from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches
+from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
 from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
@@ -29,18 +27,7 @@ from lightning_hpu_infer.reorder import Reordered
 from lightning_hpu_infer.report import Counters
 from lightning_hpu_infer.trace import Stage, Trace
 from lightning_hpu_infer.tracing import TracedRun
-from lightning_hpu_infer.transfer import own, stage
-
-_HOST = torch.device("cpu")
-
-
-class _Moment(NamedTuple):
-    """What the loop shows to hooks, at the moment when a batch's step was done."""
-
-    is_last_batch: bool
-    batch_indices: list[int]
-    current: tuple[int, int, int]
-    total: tuple[int, int, int]
+from lightning_hpu_infer.transfer import own, stage, to_host
 
 
 @dataclass(slots=True)
@@ -56,7 +43,8 @@ class _Batch:
     lengths: Lengths | None = None
     store: bool = False
     hook_args: tuple[Any, ...] = ()
-    moment: _Moment | None = None
+    batch_indices: Any = None
+    count: int = 0
 
 
 class PipelinedPredictionLoop(_PredictionLoop):
@@ -178,7 +166,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 except StopIteration:
                     break
                 if in_flight.overdue:
-                    self._retire(*in_flight.retire())
+                    self._retire(in_flight)
             self._drain(in_flight)
         finally:
             # An error's traceback holds this frame and so this object; what was in flight must not live as long.
@@ -233,7 +221,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def _drain(self, in_flight: InFlight[_Batch]) -> None:
         while in_flight:
-            self._retire(*in_flight.retire())
+            self._retire(in_flight)
 
     def _prepared_batches(self, depth: int) -> Iterator[_Batch]:
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
@@ -282,7 +270,6 @@ class PipelinedPredictionLoop(_PredictionLoop):
         wanted = item.store
         if self.config.defer_hooks:
             wanted |= self._hooks.end_reads_outputs
-            item.moment = self._moment()
         else:
             output = self._cut(output, item.lengths)
             self._end(item, output)
@@ -298,8 +285,9 @@ class PipelinedPredictionLoop(_PredictionLoop):
         batch = hooks.to_device(item.batch, dataloader_idx)
         item.batch = None
         progress.increment_ready()
-        any_on_epoch = self._store_data_for_prediction_writer(item.batch_idx, dataloader_idx)
+        any_on_epoch = hooks.reads_indices and self._store_data_for_prediction_writer(item.batch_idx, dataloader_idx)
         item.store = self._return_predictions or any_on_epoch
+        item.batch_indices, item.count = self.current_batch_indices, progress.current.ready
 
         item.hook_args = (
             (batch, item.batch_idx, dataloader_idx) if self.num_dataloaders > 1 else (batch, item.batch_idx)
@@ -312,18 +300,30 @@ class PipelinedPredictionLoop(_PredictionLoop):
         progress.increment_processed()
         return output
 
-    def _retire(self, item: _Batch, output: Any) -> None:
-        """Finish the oldest batch, whose output has arrived."""
-        if item.moment is not None:
-            output = self._cut(output, item.lengths)
-            # Later batches were launched since. `BasePredictionWriter` reads the indices, and other callbacks the
-            # counters, from the loop when they are called. After an error the earlier moment stays in view.
-            newest = self._moment()
-            self._show(item.moment)
-            self._finish(item, output)
-            self._show(newest)
-        else:
+    def _retire(self, in_flight: InFlight[_Batch]) -> None:
+        """Wait for the oldest batch's output and finish the batch."""
+        item, output = in_flight.retire()
+        if not self.config.defer_hooks:
             self._store(item, output)
+            return
+        # Later batches were launched since. `BasePredictionWriter` reads the indices, and other callbacks the counters,
+        # from the loop when they are called. After an error the earlier moment stays in view.
+        progress, current = self.batch_progress, self.batch_progress.current
+        newest = progress.is_last_batch, self.current_batch_indices
+        # Not all the same where a step has raised `StopIteration`.
+        later = current.ready - item.count, current.started - item.count, current.processed - item.count
+        progress.is_last_batch, self.current_batch_indices = item.is_last, item.batch_indices
+        self._count(-later[0], -later[1], -later[2])
+        self._finish(item, self._cut(output, item.lengths))
+        progress.is_last_batch, self.current_batch_indices = newest
+        self._count(*later)
+
+    def _count(self, ready: int, started: int, processed: int) -> None:
+        """Add to the counters that hooks read; `completed` stays, since it counts end hooks that have run."""
+        for tracker in (self.batch_progress.current, self.batch_progress.total):
+            tracker.ready += ready
+            tracker.started += started
+            tracker.processed += processed
 
     def _cut(self, output: Any, lengths: Lengths | None) -> Any:
         return output if self._buckets is None or lengths is None else self._buckets.cut(output, lengths)
@@ -364,20 +364,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         if item.store:
             if self._trace is not None and not self.config.pipelining:
                 output = PendingOutput(output, self.trainer.strategy.root_device, trace=self._trace.main).result()
-            self._predictions[item.dataloader_idx].append(move_data_to_device(output, _HOST))
-
-    def _moment(self) -> _Moment:
-        progress = self.batch_progress
-        return _Moment(
-            progress.is_last_batch, self.current_batch_indices, _counts(progress.current), _counts(progress.total)
-        )
-
-    def _show(self, moment: _Moment) -> None:
-        """Set what hooks read; `completed` stays, since it counts end hooks that have run."""
-        progress = self.batch_progress
-        progress.is_last_batch, self.current_batch_indices = moment.is_last_batch, moment.batch_indices
-        for tracker, counts in ((progress.current, moment.current), (progress.total, moment.total)):
-            tracker.ready, tracker.started, tracker.processed = counts
+            self._predictions[item.dataloader_idx].append(to_host(output))
 
     def _on_before_fetch(self) -> None:
         self.trainer.profiler.start(_FETCH_SPAN)
@@ -397,7 +384,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             yield
             return
         graphs = self._graphs_of_run()
-        vars(strategy)["predict_step"] = DeviceStep(strategy.predict_step, strategy.root_device, graphs)
+        vars(strategy)["predict_step"] = DeviceStep(step_of(strategy), strategy.root_device, graphs)
         try:
             trace = None if self._trace is None else self._trace.main
             with graphs.attached(trace) if graphs is not None else nullcontext():
@@ -419,10 +406,6 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
 # Stock Lightning's name, which its own tools and users' filters look for.
 _FETCH_SPAN = f"[{_PredictionLoop.__name__}].predict_next"
-
-
-def _counts(tracker: _ProcessedTracker) -> tuple[int, int, int]:
-    return tracker.ready, tracker.started, tracker.processed
 
 
 def _may_reuse_memory(loader: object) -> bool:
