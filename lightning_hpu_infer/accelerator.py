@@ -34,6 +34,7 @@ class HPUInferenceAccelerator(Accelerator):
             "compile" also compiles on the CPU, with torch's inductor.
         async_copy: Stage inputs in pinned host memory and copy them without waiting.
         pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
+            "auto" begins with `prefetch` and `in_flight` and deepens them where that proves faster.
         prefetch: Batches that the host prepares ahead, 0 to 1024. Used when `pipelining`.
         in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
         defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
@@ -53,6 +54,7 @@ class HPUInferenceAccelerator(Accelerator):
         warm_up: Run every bucket before the first batch. Used with `bucket_lengths`.
         group_by_length: Predict samples of like lengths together; predictions come back in the dataset's order. A key
             or a function that gives a sample's length, or one length per sample.
+        depth_memory: Bytes that the batches ahead and behind may take when `pipelining="auto"` deepens.
         trace: A folder to which every run writes where its time went; `report` holds the newest then.
 
     Raises:
@@ -70,7 +72,7 @@ class HPUInferenceAccelerator(Accelerator):
         *,
         hpu_graphs: bool | Literal["hpu_graph", "compile"] = True,
         async_copy: bool = True,
-        pipelining: bool = True,
+        pipelining: bool | Literal["auto"] = True,
         prefetch: int = 2,
         in_flight: int = 1,
         defer_hooks: bool = True,
@@ -85,6 +87,7 @@ class HPUInferenceAccelerator(Accelerator):
         pad_spec: PadSpec | Literal["tokenizer"] | None = None,
         warm_up: bool = False,
         group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None,
+        depth_memory: int = 2**30,
         trace: str | PathLike[str] | None = None,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
@@ -106,10 +109,16 @@ class HPUInferenceAccelerator(Accelerator):
             pad_spec=pad_spec,
             warm_up=warm_up,
             group_by_length=group_by_length,
+            depth_memory=depth_memory,
             trace=trace,
         )
         self.report: Report | None = None
         """What the newest run with `trace` was limited by."""
+
+    @classmethod
+    def auto(cls, **flags: Any) -> "HPUInferenceAccelerator":
+        """An accelerator that chooses the depths of its pipeline itself; other flags as usual."""
+        return cls(**({"pipelining": "auto"} | flags))
 
     def setup_device(self, device: torch.device) -> None:
         """Check the device that the strategy was built with.

@@ -25,8 +25,9 @@ class InferenceConfig:
     async_copy: bool = True
     """Stage inputs in pinned host memory, so that their copy to the device does not hold up the host."""
 
-    pipelining: bool = True
-    """Prepare later batches in a thread and fetch a batch's output only after later batches were launched."""
+    pipelining: bool | Literal["auto"] = True
+    """Prepare later batches in a thread and fetch a batch's output only after later batches were launched. "auto"
+    begins with the depths `prefetch` and `in_flight` and deepens them during a run where that proves faster."""
 
     prefetch: int = 2
     """Batches that the host prepares ahead. 0 prepares each batch when it is needed. Used when `pipelining`."""
@@ -75,12 +76,17 @@ class InferenceConfig:
     """Predict samples of like lengths together: a key or a function that gives a sample's length, or one length per
     sample. Predictions come back in the dataset's order."""
 
+    depth_memory: int = 2**30
+    """Bytes that the batches ahead and behind may take when `pipelining="auto"` deepens."""
+
     trace: str | PathLike[str] | None = None
     """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""
 
     def __post_init__(self) -> None:
-        for name in ("async_copy", "pipelining", "defer_hooks", "pad_batch", "warm_up"):
+        for name in ("async_copy", "defer_hooks", "pad_batch", "warm_up"):
             _check_type(name, getattr(self, name), bool)
+        if not (type(self.pipelining) is bool or self.pipelining == "auto"):
+            raise TypeError(f"`pipelining` must be True, False or 'auto', got {self.pipelining!r}.")
         if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile")):
             raise TypeError(f"`hpu_graphs` must be True, False, 'hpu_graph' or 'compile', got {self.hpu_graphs!r}.")
         for name, low, high in (
@@ -90,6 +96,7 @@ class InferenceConfig:
             ("verify_graphs", 0, 65536),
             ("num_buckets", 1, 1024),
             ("bucket_multiple", 1, 65536),
+            ("depth_memory", 1, 2**63),
         ):
             _check_range(name, getattr(self, name), low, high)
         if self.graph_memory is not None:

@@ -29,10 +29,17 @@ class PendingOutput:
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
         trace: Where waiting and copying are recorded, apart from one another.
+        watched: Whether `is_done` will be asked.
     """
 
     def __init__(
-        self, output: Any, device: torch.device, *, fetch: bool = True, trace: LaneTrace | None = None
+        self,
+        output: Any,
+        device: torch.device,
+        *,
+        fetch: bool = True,
+        trace: LaneTrace | None = None,
+        watched: bool = False,
     ) -> None:
         tensors = [output] if type(output) is Tensor else list(_tensors(output))
         on_hpu = device.type == _habana.DEVICE_TYPE
@@ -45,11 +52,15 @@ class PendingOutput:
             self._output = apply_to_collection(output, Tensor, _own)
         self._fetch = on_hpu and fetch and any(tensor.device.type == device.type for tensor in tensors)
         self._event = None
-        if on_hpu and (trace is not None or not self._fetch):
+        if on_hpu and (watched or trace is not None or not self._fetch):
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
         self._trace = trace
         self._batch = trace.batch if trace is not None else None
+
+    def is_done(self) -> bool:
+        """Whether the device has finished this output; False where nobody said that it would be `watched`."""
+        return self._event is not None and bool(self._event.query())
 
     def result(self) -> Any:
         """Wait until the output is there and return it with host tensors; unmoved if `fetch` was False.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from lightning_hpu_infer.reorder import Reordered
 from lightning_hpu_infer.report import Counters
 from lightning_hpu_infer.trace import Stage, Trace
 from lightning_hpu_infer.tracing import TracedRun
-from lightning_hpu_infer.transfer import own, stage, to_host
+from lightning_hpu_infer.transfer import own, size_of, stage, to_host
+from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     _graphs: NetworkGraphs | None  # kept from run to run
     _buckets: Buckets | None  # likewise
     _trace: Trace | None  # of the run
+    _tuner: DepthTuner | None  # likewise
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
     _combined_loader: Any
@@ -69,7 +72,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         state = loop.__dict__
         if state.get("config") is not config:
             buckets = Buckets(config) if config.bucket_lengths else None
-            state.update(config=config, _graphs=None, _buckets=buckets, _trace=None)
+            state.update(config=config, _graphs=None, _buckets=buckets, _trace=None, _tuner=None)
 
     def release_graphs(self) -> None:
         """Free the device memory that graphs hold between runs."""
@@ -111,6 +114,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 self.epoch_batch_indices = [loader.batch_indices() for loader in self._reordered]
         if self._graphs is not None and self._graphs.counts.captures:
             rank_zero_info(str(self._graphs.counts))
+        if self._tuner is not None:
+            rank_zero_info("\n".join(self._tuner.summary()))
         return super().on_run_end()
 
     @property
@@ -126,16 +131,16 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.reset()
         self.on_run_start()
         depth, trace = self._depth(), self._trace
+        self._tuner = None
+        if self.config.pipelining == "auto" and depth:
+            self._tuner = DepthTuner(Depths(depth, self.config.in_flight), self.config.depth_memory)
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
             with suppress(StopIteration), Prefetcher(self._prepared_batches(depth), depth, mode) as prepared:
-                batches: Iterator[_Batch] = prepared
-                if trace is not None and depth:
-                    batches = iter(trace.main.wrap(Stage.WAIT_INPUT, partial(next, prepared)), None)
-                (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(batches)
+                (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
             del self._hooks
@@ -147,13 +152,17 @@ class PipelinedPredictionLoop(_PredictionLoop):
             # Without a name for the output, so that it is gone from the device before the next step.
             self._finish(item, self._cut(self._step(item), item.lengths))
 
-    def _predict_pipelined(self, prepared: Iterator[_Batch]) -> None:
+    def _predict_pipelined(self, prepared: Prefetcher[_Batch]) -> None:
         """The order of the stages: batches are prepared ahead, launched, and retired behind."""
-        loader = 0
+        loader, tuner = 0, self._tuner
+        following: Iterator[_Batch] = prepared
+        if self._trace is not None and prepared.depth:
+            following = iter(self._trace.main.wrap(Stage.WAIT_INPUT, partial(next, prepared)), None)
         in_flight = InFlight(self._launch, self.config.in_flight)
         try:
             warm = not self.config.warm_up
-            while (item := self._next(prepared, in_flight)) is not None:
+            began = perf_counter()
+            while (item := self._next(following, in_flight)) is not None:
                 if not warm:
                     warm = True
                     self._warm_up(item)
@@ -161,12 +170,19 @@ class PipelinedPredictionLoop(_PredictionLoop):
                     # Progress bars start anew with a loader's first start hook.
                     self._drain(in_flight)
                     loader = item.dataloader_idx
+                if tuner is not None:
+                    waited, nbytes = perf_counter() - began, size_of(item.batch)
+                    depths = tuner.launched(waited=waited, starved=in_flight.starved, nbytes=nbytes)
+                    if depths is not None:
+                        prepared.deepen(depths.prefetch)
+                        in_flight.depth = depths.in_flight
                 try:
                     in_flight.launch(item)
                 except StopIteration:
                     break
-                if in_flight.overdue:
+                while in_flight.overdue:
                     self._retire(in_flight)
+                began = perf_counter()
             self._drain(in_flight)
         finally:
             # An error's traceback holds this frame and so this object; what was in flight must not live as long.
@@ -181,7 +197,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 yield
             finally:
                 self._trace = None
-            report = traced.finish(self._counters())
+            report = traced.finish(self._counters(), self._tuner.summary() if self._tuner is not None else ())
         if report is not None:
             self.trainer.accelerator.report = report
             ranks = self.trainer.world_size
@@ -274,7 +290,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
             output = self._cut(output, item.lengths)
             self._end(item, output)
         trace = None if self._trace is None else self._trace.main
-        return PendingOutput(output, self.trainer.strategy.root_device, fetch=wanted, trace=trace)
+        device, watched = self.trainer.strategy.root_device, self._tuner is not None
+        return PendingOutput(output, device, fetch=wanted, trace=trace, watched=watched)
 
     def _step(self, item: _Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""

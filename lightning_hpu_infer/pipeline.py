@@ -33,16 +33,21 @@ class InFlight(Generic[T]):
 
     def __init__(self, launch: Callable[[T], PendingOutput], depth: int) -> None:
         self._launch = launch
-        self._depth = depth
+        self.depth = depth
         self._pending: deque[tuple[T, PendingOutput]] = deque()
 
     def __len__(self) -> int:
         return len(self._pending)
 
     @property
+    def starved(self) -> bool:
+        """Whether the device has finished all of them, as far as it can tell."""
+        return bool(self._pending) and self._pending[-1][1].is_done()
+
+    @property
     def overdue(self) -> bool:
         """Whether the oldest item has to be retired before another may be launched."""
-        return len(self._pending) > self._depth
+        return len(self._pending) > self.depth
 
     def launch(self, item: T) -> None:
         """Enqueue an item. Does not wait."""

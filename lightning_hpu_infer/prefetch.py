@@ -49,14 +49,17 @@ class Prefetcher(Generic[T]):
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         # A queue of tokens is a semaphore that needs no Python code to pass.
         self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _ in range(depth):
-            self._places.put(None)
+        self.depth = 0
+        """Items ahead of the consumer; 0 without a thread."""
+        self._surplus = 0
+        """Places to take away when their items are handed out."""
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if depth:
             # The consumer's context variables hold in the thread too, as they would without one.
             run = contextvars.copy_context().run
             self._thread = threading.Thread(target=run, args=(self._produce,), name="hpu-infer-prefetch", daemon=True)
+            self.deepen(depth)
 
     def __enter__(self) -> "Prefetcher[T]":
         if self._thread is not None:
@@ -80,8 +83,24 @@ class Prefetcher(Generic[T]):
             if item.error is not None:
                 raise item.error
             raise StopIteration
-        self._places.put(None)
+        if self._surplus:
+            self._surplus -= 1
+        else:
+            self._places.put(None)
         return item
+
+    def deepen(self, depth: int) -> None:
+        """Go on with another depth, from the consumer's thread. Fewer items ahead come about as they are handed out.
+
+        Where there is no thread, nothing changes.
+        """
+        if self._thread is None:
+            return
+        more = depth - self.depth - self._surplus
+        self._surplus = max(0, -more)
+        for _ in range(more):
+            self._places.put(None)
+        self.depth = depth
 
     def close(self) -> None:
         """Stop the thread and wait for it. What it has prepared is dropped. May be called again."""

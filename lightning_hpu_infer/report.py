@@ -155,6 +155,8 @@ class Report:
     bound_seconds: float
     """What that lane worked, waits left out."""
     counters: Counters
+    tuning: tuple[str, ...] = ()
+    """What `pipelining="auto"` tried, what came of it, and what it ended with."""
 
     @property
     def throughput(self) -> float:
@@ -236,6 +238,7 @@ class Report:
             bound=Lane(data["bound"]),
             bound_seconds=data["bound_seconds"],
             counters=Counters(**data["counters"]),
+            tuning=tuple(data.get("tuning", ())),
         )
 
     def __rich__(self) -> "RenderableType":
@@ -248,6 +251,7 @@ def analyse(
     config: InferenceConfig | None = None,
     counters: Counters | None = None,
     measured_on: str = "",
+    tuning: Sequence[str] = (),
 ) -> Report:
     """Find out what limits a run.
 
@@ -255,6 +259,7 @@ def analyse(
         spans: All spans of the run, in any order.
         config: The flags that were on; the advice leaves out what is on already. None counts as all off.
         counters: What the spans do not show.
+        tuning: What `pipelining="auto"` did.
         measured_on: Name of the device, such as "emulated HPU". On "cpu" the launch is the computation.
 
     Raises:
@@ -289,6 +294,7 @@ def analyse(
         bound=bound,
         bound_seconds=bound_seconds,
         counters=counters or Counters(),
+        tuning=tuple(tuning),
     )
     verdict, severity = _judge(report)
     report = replace(report, verdict=verdict, severity=severity)
@@ -691,6 +697,7 @@ def _render(report: Report) -> "RenderableType":
         lines.append(f"padding: {counters.padding_waste:.0%} of the inputs")
     if counters.copies:
         lines.append(f"pinned: {counters.pinned_copies} of {counters.copies} copies to the device")
+    lines += report.tuning
     colour = _COLOURS[report.severity]
     title = Text(report.summary, style=f"bold {colour}")
     advice = Text.assemble(("Next: ", "bold"), report.advice)

@@ -1,6 +1,7 @@
 """A traced run: from the first span to the files that show where its time went."""
 
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +45,7 @@ class TracedRun:
         if self._on_hpu:
             _habana.stop_timeline()
 
-    def finish(self, counters: Counters) -> Report | None:
+    def finish(self, counters: Counters, tuning: Sequence[str]) -> Report | None:
         """End the recording and judge the run. None if there was no batch."""
         self.spans = self.trace.spans()
         launched = {span.batch for span in self.spans if span.stage == Stage.LAUNCH}
@@ -56,7 +57,7 @@ class TracedRun:
             self.spans += _device_spans(_habana.stop_timeline(), self.spans)
         if not launched:
             return None
-        return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on)
+        return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on, tuning=tuning)
 
     def write(self, report: Report, folder: Path) -> None:
         """Write `trace.json` for Perfetto, `report.json`, and the timeline as `timeline.png` and `timeline.svg`.

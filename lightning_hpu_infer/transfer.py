@@ -19,6 +19,13 @@ def to_host(data: Any) -> Any:
     return data.cpu() if type(data) is Tensor else move_data_to_device(data, _HOST)
 
 
+def size_of(batch: Any) -> int:
+    """Bytes of a batch's tensors."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
 def own(batch: Any) -> Any:
     """Copy the tensors of a batch whose memory its loader may fill again for a later one."""
     return apply_to_collection(batch, Tensor, Tensor.clone)
