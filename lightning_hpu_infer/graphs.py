@@ -44,6 +44,8 @@ class GraphCounts:
     """Replays with rows added to fill a larger graph's batch."""
     plain_calls: int = 0
     """Calls of a network without a graph, the first call of each signature included."""
+    verified: int = 0
+    """Replays, captures among them, that were compared with the plain forward."""
     evictions: int = 0
     """Graphs dropped for newer ones."""
 
@@ -360,6 +362,7 @@ class GraphedForward:
             output, reason = self._capture(entry, leaves)
         if not reason and entry.to_verify:
             entry.to_verify -= 1
+            self.counts.verified += 1
             if difference := _difference(output, expected):
                 reason = (
                     f"a replay differs from the plain forward ({difference}). It may read a Python value that changes,"

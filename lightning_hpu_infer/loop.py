@@ -28,7 +28,7 @@ from lightning_hpu_infer.reorder import Reordered
 from lightning_hpu_infer.report import Counters
 from lightning_hpu_infer.trace import Stage, Trace
 from lightning_hpu_infer.tracing import TracedRun
-from lightning_hpu_infer.transfer import own, size_of, stage, to_host
+from lightning_hpu_infer.transfer import own, size_of, stage, tensors_of, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 
@@ -56,6 +56,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
     _graphs: NetworkGraphs | None  # kept from run to run
     _buckets: Buckets | None  # likewise
     _trace: Trace | None  # of the run
+    _pinned: int  # tensors of a traced run in pinned memory
+    _copies: int  # all of them
     _tuner: DepthTuner | None  # likewise
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
@@ -193,6 +195,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Record the run, and write what limited it."""
         with TracedRun(self.config, self.trainer.strategy.root_device) as traced:
             self._trace = traced.trace
+            self._pinned = self._copies = 0
             try:
                 yield
             finally:
@@ -211,8 +214,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
             replays=graphs.replays if graphs else 0,
             plain_calls=graphs.plain_calls if graphs else 0,
             evictions=graphs.evictions if graphs else 0,
+            verified=graphs.verified if graphs else 0,
             padded_elements=buckets.padded if buckets else 0,
             real_elements=buckets.real if buckets else 0,
+            pinned_copies=self._pinned,
+            copies=self._copies,
         )
 
     def _next(self, prepared: Iterator[_Batch], in_flight: InFlight[_Batch]) -> _Batch | None:
@@ -274,7 +280,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 is_last = fetcher.done
                 batch, lengths = prepare(batch, dataloader_idx)
                 if stages:
+                    host = [] if lane is None else tensors_of(batch)
                     batch = pin(batch)
+                    if lane is not None:
+                        pairs = zip(host, tensors_of(batch), strict=True)
+                        self._pinned += sum(before is not after for before, after in pairs)
+                if lane is not None:
+                    self._copies += len(tensors_of(batch))
             except StopIteration:
                 # Whoever raises it, as in stock Lightning.
                 return

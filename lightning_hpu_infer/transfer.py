@@ -19,11 +19,16 @@ def to_host(data: Any) -> Any:
     return data.cpu() if type(data) is Tensor else move_data_to_device(data, _HOST)
 
 
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, as Lightning's walk finds them."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
+
+
 def size_of(batch: Any) -> int:
     """Bytes of a batch's tensors."""
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.nbytes))
-    return sum(sizes)
+    return sum(tensor.nbytes for tensor in tensors_of(batch))
 
 
 def own(batch: Any) -> Any:

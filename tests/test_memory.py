@@ -45,7 +45,8 @@ def test_rule_10_memory_is_flat_over_2000_batches(flags: dict[str, Any], device:
     assert max(census.most_alive) <= in_flight + 2
     if device == "emulator":
         first, second = census.device_bytes[10 : BATCHES // 2], census.device_bytes[BATCHES // 2 :]
-        assert max(second) <= max(first)
+        # How far the device has come when it is asked is chance, within one batch; a leak would be hundreds.
+        assert max(second) <= max(first) + 64
     del ours, census
     assert live_tensors() - tensors <= 1  # the dataset's rows, until its loader's cycle is collected
 

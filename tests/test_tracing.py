@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, chrome, emulator
@@ -56,7 +57,9 @@ def test_every_stage_of_every_batch_is_recorded(tmp_path: Path) -> None:
             Stage.END_HOOKS,
         ]
     assert (report.batches, report.measured_on) == (BATCHES, "emulated HPU")
-    assert (report.counters.captures, report.counters.replays, report.counters.plain_calls) == (1, 3, 3)
+    counters = report.counters
+    assert (counters.captures, counters.replays, counters.plain_calls, counters.verified) == (1, 3, 3, 2)
+    assert (counters.pinned_copies, counters.copies) == (BATCHES, BATCHES)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -89,6 +92,20 @@ def test_the_devices_work_belongs_to_the_batch_that_was_launched(tmp_path: Path)
     assert {span.batch for span in spans if span.lane == Lane.D2H} == set(range(BATCHES))
     assert report.device is not None
     assert report.device.busy <= stats.busy_s
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_pinned_share_leaves_out_what_the_bridge_would_not_read_from_there(tmp_path: Path) -> None:
+    class TwoInputs(Net):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self.net(batch["x"])
+
+    batches = [{"x": x, "id": torch.arange(2)} for x in rows(8, 2)]
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    predict(accelerator, TwoInputs(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert accelerator.report is not None
+    # 64-bit numbers are cast on the host in lazy mode.
+    assert (accelerator.report.counters.pinned_copies, accelerator.report.counters.copies) == (4, 8)
 
 
 def test_on_the_cpu_there_are_host_lanes_only(tmp_path: Path) -> None:
