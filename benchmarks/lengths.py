@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch; all CPUs by default")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers|No HPU was found")
+    warnings.filterwarnings("ignore", message=".*does not have many workers|No HPU was found|.*LeafSpec")
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.threads:
