@@ -39,6 +39,8 @@ class HPUInferenceAccelerator(Accelerator):
         in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
         defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
             Lightning's hook order and device tensors. Used when `pipelining`.
+        async_output: Copy outputs into pinned host memory as soon as they are computed, without waiting. Used when
+            `pipelining`.
         graph_modules: Names of the networks to capture; None finds them in the first step. Used when `hpu_graphs`.
         max_graphs: Captured graphs per network, 1 to 65536; a new one takes the place of the least recently used.
             Used when `hpu_graphs`.
@@ -76,6 +78,7 @@ class HPUInferenceAccelerator(Accelerator):
         prefetch: int = 2,
         in_flight: int = 1,
         defer_hooks: bool = True,
+        async_output: bool = False,
         graph_modules: Sequence[str] | None = None,
         max_graphs: int = 16,
         graph_memory: int | None = None,
@@ -98,6 +101,7 @@ class HPUInferenceAccelerator(Accelerator):
             prefetch=prefetch,
             in_flight=in_flight,
             defer_hooks=defer_hooks,
+            async_output=async_output,
             graph_modules=graph_modules,
             max_graphs=max_graphs,
             graph_memory=graph_memory,

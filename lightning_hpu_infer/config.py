@@ -39,6 +39,10 @@ class InferenceConfig:
     """Run the end hooks of a batch when its output has arrived, with host tensors. `False` keeps stock Lightning's
     hook order and device tensors and delays only the stored predictions. Used when `pipelining`."""
 
+    async_output: bool = False
+    """Copy outputs into pinned host memory as soon as they are computed, without waiting, instead of late and waiting.
+    Used when `pipelining`."""
+
     graph_modules: Sequence[str] | None = None
     """The networks to capture, by their names in the LightningModule. None finds them in the first step. Used when
     `hpu_graphs`."""
@@ -83,7 +87,7 @@ class InferenceConfig:
     """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""
 
     def __post_init__(self) -> None:
-        for name in ("async_copy", "defer_hooks", "pad_batch", "warm_up"):
+        for name in ("async_copy", "defer_hooks", "async_output", "pad_batch", "warm_up"):
             _check_type(name, getattr(self, name), bool)
         if not (type(self.pipelining) is bool or self.pipelining == "auto"):
             raise TypeError(f"`pipelining` must be True, False or 'auto', got {self.pipelining!r}.")

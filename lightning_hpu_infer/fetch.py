@@ -1,6 +1,8 @@
 """Outputs on their way back to the host."""
 
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -17,6 +19,25 @@ from lightning_hpu_infer.trace import LaneTrace, Stage
 _HOST = torch.device("cpu")
 
 
+class PinnedBuffers:
+    """Pinned host memory for outputs, used again once an output was read: pinning is slow and such memory scarce."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque(maxlen=64)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A buffer for a copy of a device tensor."""
+        for place, free in enumerate(self._free):
+            if free.shape == tensor.shape and free.dtype == tensor.dtype:
+                del self._free[place]
+                return free
+        return torch.empty(tensor.shape, dtype=tensor.dtype).pin_memory(_habana.DEVICE_TYPE)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Nothing writes to the buffer any more, and nobody reads it."""
+        self._free.append(buffer)
+
+
 class PendingOutput:
     """What a step returned, while the device may still be computing it.
 
@@ -24,10 +45,14 @@ class PendingOutput:
     batch that was launched already keeps the device busy meanwhile, whereas a non-blocking copy to the host may be
     read too early (bridge `device.cpp`, and Lightning's issue #11287: zeros in written predictions).
 
+    With `buffers` a copy is enqueued at once instead, and runs beside later work of the device and of the host. As its
+    destination is pinned, an event says when it may be read.
+
     Args:
         output: Any collection, tensors of it on any device. No graph may own them.
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
+        buffers: Where to copy to without waiting. What the bridge can only copy and wait is still copied late.
         trace: Where waiting and copying are recorded, apart from one another.
         watched: Whether `is_done` will be asked.
     """
@@ -38,6 +63,7 @@ class PendingOutput:
         device: torch.device,
         *,
         fetch: bool = True,
+        buffers: PinnedBuffers | None = None,
         trace: LaneTrace | None = None,
         watched: bool = False,
     ) -> None:
@@ -51,8 +77,14 @@ class PendingOutput:
             # Nothing that was computed just now: a buffer or a weight, which a later step may overwrite.
             self._output = apply_to_collection(output, Tensor, _own)
         self._fetch = on_hpu and fetch and any(tensor.device.type == device.type for tensor in tensors)
+        self._buffers = buffers
+        self._copies: dict[int, Tensor] = {}
+        if self._fetch and buffers is not None:
+            for tensor in _tensors(self._output):
+                if tensor.device.type == device.type and id(tensor) not in self._copies:
+                    self._start_copy(tensor, buffers)
         self._event = None
-        if on_hpu and (watched or trace is not None or not self._fetch):
+        if on_hpu and (watched or trace is not None or self._copies or not self._fetch):
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
         self._trace = trace
@@ -74,7 +106,7 @@ class PendingOutput:
                 " are lost. Return a `.clone()` of it, or pass `pipelining=False`."
             )
         wait = self._event.synchronize if self._event is not None else None
-        move = move_data_to_device
+        move = self._move
         if self._trace is not None:
             self._trace.batch = self._batch  # Later batches were launched since.
             wait, move = wait and self._trace.wrap(Stage.WAIT_OUTPUT, wait), self._trace.wrap(Stage.COPY_OUT, move)
@@ -83,10 +115,36 @@ class PendingOutput:
         if not self._fetch:
             return self._output
         try:
-            return move(self._output, _HOST)
+            return move(self._output)
         except (ValueError, MisconfigurationException):
             # A frozen dataclass cannot be moved. Hooks get it as stock Lightning's do; storing it raises there too.
             return self._output
+
+    def drop(self) -> None:
+        """Give the output up, without letting go of memory that the device still writes to."""
+        if self._copies and self._event is not None:
+            self._event.synchronize()
+            self._copies.clear()
+
+    def _start_copy(self, tensor: Tensor, buffers: PinnedBuffers) -> None:
+        if tensor.is_sparse or not tensor.is_contiguous() or not tensor.numel() or _habana.cast_on_host(tensor.dtype):
+            return
+        buffer = buffers.take(tensor)
+        # The output of a convolution that no graph has cloned is kept permuted (bridge `permute_tensors.cpp`).
+        with suppress(RuntimeError):
+            self._copies[id(tensor)] = buffer.copy_(tensor, non_blocking=True)
+
+    def _move(self, output: Any) -> Any:
+        if self._copies and self._buffers is not None:
+            output = apply_to_collection(output, Tensor, self._arrived)
+            for buffer in self._copies.values():
+                self._buffers.give_back(buffer)
+            self._copies.clear()
+        return move_data_to_device(output, _HOST)
+
+    def _arrived(self, tensor: Tensor) -> Tensor:
+        # Whoever gets the output may keep it.
+        return self._copies[id(tensor)].clone() if id(tensor) in self._copies else tensor
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.fetch import PendingOutput
+from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers
 from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
 from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
@@ -137,6 +137,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         if self.config.pipelining == "auto" and depth:
             self._tuner = DepthTuner(Depths(depth, self.config.in_flight), self.config.depth_memory)
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
+        self._output_buffers = PinnedBuffers() if self.config.async_output else None
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
@@ -145,7 +146,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
-            del self._hooks
+            del self._hooks, self._output_buffers
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Iterator[_Batch]) -> None:
@@ -303,7 +304,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._end(item, output)
         trace = None if self._trace is None else self._trace.main
         device, watched = self.trainer.strategy.root_device, self._tuner is not None
-        return PendingOutput(output, device, fetch=wanted, trace=trace, watched=watched)
+        return PendingOutput(output, device, fetch=wanted, buffers=self._output_buffers, trace=trace, watched=watched)
 
     def _step(self, item: _Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""

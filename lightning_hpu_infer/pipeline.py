@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.fetch import PendingOutput
+from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers
 from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.transfer import stage
@@ -64,7 +64,8 @@ class InFlight(Generic[T]):
 
     def clear(self) -> None:
         """Forget what is in flight."""
-        self._pending.clear()
+        while self._pending:
+            self._pending.popleft()[1].drop()
 
 
 class DeviceStep:
@@ -145,6 +146,7 @@ class InferencePipeline:
             self._attached.enter_context(graphs.attached())
         self._step = DeviceStep(model, self.device, graphs)
         self._depth = self.config.in_flight if self.config.pipelining else 0
+        self._output_buffers = PinnedBuffers() if self.config.pipelining and self.config.async_output else None
         self._pushed = InFlight(self._launch, self._depth)
         self._closed = False
 
@@ -204,7 +206,8 @@ class InferencePipeline:
         if self._closed:
             raise RuntimeError("This pipeline is closed: make another one.")
         with torch.inference_mode():
-            return PendingOutput(self._step(move_data_to_device(batch, self.device)), self.device)
+            output = self._step(move_data_to_device(batch, self.device))
+            return PendingOutput(output, self.device, buffers=self._output_buffers)
 
     def _retire(self, in_flight: InFlight[Any]) -> Any:
         with torch.inference_mode():

@@ -115,7 +115,15 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
         return
     poison(target, loud=True)
     if pinned.is_pinned(dst):
-        engine.submit(Task(lambda: read(target), kind="copy", nbytes=nbytes), [storage])
+
+        def write() -> None:
+            try:
+                read(target)
+            except BaseException as error:
+                rt.uncopied = error
+                raise
+
+        engine.submit(Task(write, kind="copy", nbytes=nbytes), [storage])
         return
     # A pageable destination is filled by a host thread some time after the device is done, so that even a
     # synchronized event does not mean that it can be read (bridge: device.cpp:1432-1504, stream.cpp:76-108).

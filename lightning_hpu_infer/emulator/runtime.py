@@ -60,6 +60,8 @@ class Runtime:
         self.owner_thread = 0
         self.pid = os.getpid()
         self.unreported: BaseException | None = None
+        self.uncopied: BaseException | None = None
+        """The error of an asynchronous copy to the host, for the next event that is waited for."""
 
     # Queues
 

@@ -56,8 +56,15 @@ class EventState:
         return all(task.done for task in self._tasks or ())
 
     def synchronize(self) -> None:
-        """Wait for that work; a pageable destination of an asynchronous copy may still be empty then."""
-        runtime.current().wait_all(self._tasks or ())
+        """Wait for that work; a pageable destination of an asynchronous copy may still be empty then.
+
+        Nobody would learn from its destination that a copy to the host has failed, so that is raised here.
+        """
+        rt = runtime.current()
+        rt.wait_all(self._tasks or ())
+        error, rt.uncopied = rt.uncopied, None
+        if error is not None:
+            raise error
 
     def block(self, stream_id: int) -> None:
         """Let everything that is queued on the stream from now on wait for that work."""

@@ -1,0 +1,71 @@
+"""The pictures of docs/overhead.md: the demo's model, one technique after the other. All figures are emulated.
+
+    python -m benchmarks.pictures [--folder docs/images] [--sentences 160] [--batch-size 4] [--length 24]
+
+Short sentences in small batches, as in Intel's guide: there a batch costs the host as much as the device. Embeddings of
+all runs are compared first.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.environment import about
+from examples.embed_sentences import SentenceEmbedder, loader_of, sentences_of
+from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer.report import Report
+
+OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
+STEPS: dict[str, dict[str, Any]] = {
+    "1-stock-order": OFF,
+    "2-graphs": OFF | {"hpu_graphs": True},
+    "3-async-copies": OFF | {"hpu_graphs": True, "async_copy": True},
+    "4-pipelining": {},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("docs/images"))
+    for name, default in (("sentences", 160), ("batch-size", 4), ("length", 24)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    # One thread computes, as one device would: the other core is the host's.
+    torch.set_num_threads(1)
+    emulator.install()
+    sentences = sentences_of("\n\n".join(topics.values()))[: options.sentences]
+    model, loader = SentenceEmbedder(), loader_of(sentences, options.batch_size, options.length)
+    table = Table(
+        "run", "batches/s", "device busy", "verdict", "next", title="emulated HPU (figures are not a Gaudi's)"
+    )
+    expected: Any = None
+    found: dict[str, Any] = about(emulated=True)
+    for name, flags in STEPS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            accelerator = HPUInferenceAccelerator(trace=folder, **flags)
+            trainer = Trainer(accelerator=accelerator, logger=False, enable_checkpointing=False)
+            predictions: Any = trainer.predict(model, loader)
+            expected = expected or predictions
+            torch.testing.assert_close(predictions, expected, rtol=1e-3, atol=1e-4)
+            for suffix in ("png", "svg"):
+                shutil.copy(Path(folder) / f"timeline.{suffix}", options.folder / f"{name}.{suffix}")
+        assert isinstance(accelerator.report, Report)
+        report = accelerator.report
+        found[name] = json.loads(report.to_json())
+        table.add_row(name, f"{report.throughput:.1f}", f"{report.efficiency:.0%}", report.verdict.value, report.advice)
+    (options.folder / "reports.json").write_text(json.dumps(found, indent=1))
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
