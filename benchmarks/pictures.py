@@ -1,6 +1,6 @@
 """The pictures of docs/overhead.md: the demo's model, one technique after the other. All figures are emulated.
 
-    python -m benchmarks.pictures [--folder docs/images] [--sentences 160] [--batch-size 4] [--length 24]
+    python -m benchmarks.pictures [--folder docs/images] [--sentences 160] [--batch-size 4] [--length 24] [--json FILE]
 
 Short sentences in small batches, as in Intel's guide: there a batch costs the host as much as the device. Embeddings of
 all runs are compared first.
@@ -36,6 +36,7 @@ STEPS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("docs/images"))
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
     for name, default in (("sentences", 160), ("batch-size", 4), ("length", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
@@ -57,13 +58,13 @@ def main() -> None:
             predictions: Any = trainer.predict(model, loader)
             expected = expected or predictions
             torch.testing.assert_close(predictions, expected, rtol=1e-3, atol=1e-4)
-            for suffix in ("png", "svg"):
-                shutil.copy(Path(folder) / f"timeline.{suffix}", options.folder / f"{name}.{suffix}")
+            shutil.copy(Path(folder) / "timeline.png", options.folder / f"{name}.png")
         assert isinstance(accelerator.report, Report)
         report = accelerator.report
         found[name] = json.loads(report.to_json())
         table.add_row(name, f"{report.throughput:.1f}", f"{report.efficiency:.0%}", report.verdict.value, report.advice)
-    (options.folder / "reports.json").write_text(json.dumps(found, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
     Console(width=140).print(table)
 
 

@@ -121,6 +121,9 @@ class InferencePipeline:
         device: An HPU if there is one, else the CPU.
         config: The same flags as `HPUInferenceAccelerator`'s; by default all techniques are on.
 
+    Raises:
+        ValueError: If `config` has an option that needs a Trainer's dataloaders.
+
     Example::
 
         with InferencePipeline(model) as pipeline:
@@ -137,6 +140,11 @@ class InferencePipeline:
         self, model: nn.Module, device: torch.device | str | None = None, config: InferenceConfig | None = None
     ) -> None:
         self.config = config if config is not None else InferenceConfig()
+        for name in ("bucket_lengths", "group_by_length", "trace"):
+            if getattr(self.config, name) is not None:
+                raise ValueError(f"`{name}` needs a Trainer, got {getattr(self.config, name)!r}. Leave it out here.")
+        if self.config.pipelining == "auto":
+            raise ValueError("`pipelining='auto'` needs a Trainer. Choose `prefetch` and `in_flight` here.")
         self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         kind = graph_kind(self.device, self.config)
         model = model.eval().to(self.device)

@@ -141,3 +141,18 @@ def test_two_pipelines_on_one_model_are_refused(device: str) -> None:
             with pytest.raises(RuntimeError, match="in use by another pipeline"):
                 list(second.predict(batches(3)))
     assert "forward" not in vars(net)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"bucket_lengths": [8], "pad_spec": "tokenizer"},
+        {"group_by_length": "text"},
+        {"trace": "folder"},
+        {"pipelining": "auto"},
+    ],
+    ids=str,
+)
+def test_options_that_need_a_trainer_are_refused(flags: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs a Trainer"):
+        InferencePipeline(nn.Linear(2, 2), config=InferenceConfig(**flags))
