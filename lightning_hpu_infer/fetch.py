@@ -109,11 +109,13 @@ class PendingOutput:
         move = self._move
         if self._trace is not None:
             self._trace.batch = self._batch  # Later batches were launched since.
-            wait, move = wait and self._trace.wrap(Stage.WAIT_OUTPUT, wait), self._trace.wrap(Stage.COPY_OUT, move)
+            wait = wait and self._trace.wrap(Stage.WAIT_OUTPUT, wait)
         if wait is not None:
             wait()
         if not self._fetch:
             return self._output
+        if self._trace is not None:
+            move = self._trace.wrap(Stage.COPY_OUT, move)
         try:
             return move(self._output)
         except (ValueError, MisconfigurationException):

@@ -21,6 +21,7 @@ from lightning_hpu_infer.trace import Stage, Trace
 from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]
+_STAGES = {"on_predict_batch_start": Stage.START_HOOKS, "on_predict_batch_end": Stage.END_HOOKS}
 
 
 class BatchHooks:
@@ -52,6 +53,7 @@ class BatchHooks:
 
     def __init__(self, trainer: Any, *, threaded: bool, trace: Trace | None = None) -> None:
         self._trainer = trainer
+        self._trace = trace
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
         self.start = self._batch_hook("on_predict_batch_start")
@@ -66,9 +68,7 @@ class BatchHooks:
         self.step = self._step()
         if trace is not None:
             self.to_device = trace.main.wrap(Stage.COPY_IN, self.to_device)
-            self.start = trace.main.wrap(Stage.START_HOOKS, self.start)
             self.step = trace.main.wrap(Stage.LAUNCH, self.step)
-            self.end = trace.main.wrap(Stage.END_HOOKS, self.end)
 
     def _listeners(self) -> list[Any]:
         return [*self._trainer.callbacks, self._module]
@@ -87,7 +87,10 @@ class BatchHooks:
             for call in calls:
                 call(*args)
 
-        return self._named(name, call_all) if calls else call_all
+        if not calls:
+            return call_all
+        hook = self._named(name, call_all)
+        return hook if self._trace is None else self._trace.main.wrap(_STAGES[name], hook)
 
     def _step(self) -> Hook:
         step = self._strategy_hook("predict_step", self._trainer.strategy.predict_step)

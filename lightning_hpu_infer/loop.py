@@ -74,7 +74,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         state = loop.__dict__
         if state.get("config") is not config:
             buckets = Buckets(config) if config.bucket_lengths else None
-            state.update(config=config, _graphs=None, _buckets=buckets, _trace=None, _tuner=None)
+            state.update(config=config, _graphs=None, _buckets=buckets, _trace=None, _tuner=None, _pinned=0, _copies=0)
 
     def release_graphs(self) -> None:
         """Free the device memory that graphs hold between runs."""
@@ -280,14 +280,13 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 batch, batch_idx, dataloader_idx = fetch()
                 is_last = fetcher.done
                 batch, lengths = prepare(batch, dataloader_idx)
-                if stages:
-                    host = [] if lane is None else tensors_of(batch)
+                if stages and lane is None:
                     batch = pin(batch)
-                    if lane is not None:
-                        pairs = zip(host, tensors_of(batch), strict=True)
-                        self._pinned += sum(before is not after for before, after in pairs)
-                if lane is not None:
-                    self._copies += len(tensors_of(batch))
+                elif stages:
+                    host, batch = tensors_of(batch), pin(batch)
+                    # A tensor that stays the same is one that cannot be copied from pinned memory.
+                    self._pinned += sum(one is not other for one, other in zip(host, tensors_of(batch), strict=True))
+                    self._copies += len(host)
             except StopIteration:
                 # Whoever raises it, as in stock Lightning.
                 return
@@ -392,8 +391,9 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def _store(self, item: _Batch, output: Any) -> None:
         if item.store:
-            if self._trace is not None and not self.config.pipelining:
-                output = PendingOutput(output, self.trainer.strategy.root_device, trace=self._trace.main).result()
+            device = self.trainer.strategy.root_device
+            if self._trace is not None and not self.config.pipelining and device.type == _habana.DEVICE_TYPE:
+                output = PendingOutput(output, device, trace=self._trace.main).result()
             self._predictions[item.dataloader_idx].append(to_host(output))
 
     def _on_before_fetch(self) -> None:
