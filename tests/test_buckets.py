@@ -56,6 +56,7 @@ def batches(lengths: Sequence[int] = LENGTHS, kind: Any = dict) -> DataLoader[An
 SPEC = PadSpec.tokenizer(states=1)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", [dict, UserDict])
 @pytest.mark.parametrize("pipelining", [True, False])
 @pytest.mark.usefixtures("emulated")

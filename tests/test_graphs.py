@@ -72,7 +72,7 @@ def test_rule_4_modes_are_part_of_the_key() -> None:
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [(torch.zeros(2), "a tensor on cpu"), (object(), "is given a object"), ({1, 2}, "is given a set")],
-    ids=str,
+    ids=["tensor", "object", "set"],
 )
 def test_what_could_change_unseen_is_not_captured(argument: object, reason: str) -> None:
     with pytest.raises(NotCapturable, match=reason):

@@ -50,6 +50,7 @@ class Mean(Net):
 BY: list[Any] = ["words", lambda sample: len(sample["words"]), WORDS]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("by", BY, ids=["key", "function", "lengths"])
 @pytest.mark.parametrize("pipelining", [True, False])
 def test_predictions_are_in_the_datasets_order(pipelining: bool, by: Any) -> None:
@@ -70,6 +71,7 @@ def test_on_the_emulated_hpu_twice() -> None:
         assert_equal(ours.predict(Mean(), loader()), expected)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("pipelining", [True, False])
 def test_writers_get_the_samples_of_each_batch_and_all_of_them_in_order(pipelining: bool) -> None:
     stock, ours = Writer("batch_and_epoch"), Writer("batch_and_epoch")

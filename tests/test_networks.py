@@ -77,6 +77,7 @@ def test_a_name_is_no_list_of_names() -> None:
         InferenceConfig(graph_modules="encoder")
 
 
+@pytest.mark.smoke
 def test_graphs_survive_from_one_run_to_the_next() -> None:
     first, second, third = runs(Two(), nothing, nothing, nothing)
     assert (first.captures, first.replays) == (1, 4)

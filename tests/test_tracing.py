@@ -37,6 +37,7 @@ def stages(spans: list[Span], lane: Lane, batch: int) -> list[Stage]:
     return [span.stage for span in sorted(found, key=lambda span: (span.start, -span.end))]
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("emulated")
 def test_every_stage_of_every_batch_is_recorded(tmp_path: Path) -> None:
     spans, report = traced(tmp_path)
@@ -62,6 +63,7 @@ def test_every_stage_of_every_batch_is_recorded(tmp_path: Path) -> None:
     assert (counters.pinned_copies, counters.copies) == (BATCHES, BATCHES)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("emulated")
 def test_in_stock_order_all_stages_are_the_main_threads(tmp_path: Path) -> None:
     spans, _ = traced(tmp_path, **ALL_OFF)

@@ -121,6 +121,7 @@ def test_noise_does_not_let_it_run_away() -> None:
     assert pipeline.depths.in_flight <= 4, tuner.log
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("flags", [{"pipelining": "auto"}, {"pipelining": "auto", "defer_hooks": False}])
 def test_predictions_and_hooks_stay_in_order(device: str, flags: dict[str, Any]) -> None:
     log, loader = HookLog(), rows(400, 2)
