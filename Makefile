@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 LIGHTNINGS := 2.4.0 2.5.5
+WORKERS ?= -n 2
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint types unit smoke matrix package clean
@@ -22,7 +23,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 # Other Lightning versions lie in folders of their own, laid over the same environment, and with them lightning-habana,
 # which cannot be imported on newer ones. `make smoke` is a part of `make test`; `make matrix` runs all tests on each.
@@ -30,7 +31,7 @@ smoke: PYTEST_OPTIONS := -m smoke
 smoke matrix: $(LIGHTNINGS:%=.matrix/%)
 	set -e; for version in $(LIGHTNINGS); do \
 		echo "Lightning $$version"; EXPECTED_LIGHTNING=$$version PYTHONPATH=$(CURDIR)/.matrix/$$version \
-		$(BIN)/python -m pytest -W ignore -q $(PYTEST_OPTIONS); done
+		$(BIN)/python -m pytest $(WORKERS) -W ignore -q $(PYTEST_OPTIONS); done
 
 .matrix/%: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ lightning==$* lightning-habana==1.6.0

@@ -35,7 +35,8 @@ class HPUInferenceAccelerator(Accelerator):
         async_copy: Stage inputs in pinned host memory and copy them without waiting.
         pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
             "auto" begins with `prefetch` and `in_flight` and deepens them where that proves faster.
-        prefetch: Batches that the host prepares ahead, 0 to 1024. Used when `pipelining`.
+        prefetch: Batches that the host prepares ahead, 0 to 1024; None means 2 on an HPU and 0 on the CPU. Used when
+            `pipelining`.
         in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
         defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
             Lightning's hook order and device tensors. Used when `pipelining`.
@@ -75,7 +76,7 @@ class HPUInferenceAccelerator(Accelerator):
         hpu_graphs: bool | Literal["hpu_graph", "compile"] = True,
         async_copy: bool = True,
         pipelining: bool | Literal["auto"] = True,
-        prefetch: int = 2,
+        prefetch: int | None = None,
         in_flight: int = 1,
         defer_hooks: bool = True,
         async_output: bool = False,

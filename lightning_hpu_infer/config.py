@@ -29,8 +29,10 @@ class InferenceConfig:
     """Prepare later batches in a thread and fetch a batch's output only after later batches were launched. "auto"
     begins with the depths `prefetch` and `in_flight` and deepens them during a run where that proves faster."""
 
-    prefetch: int = 2
-    """Batches that the host prepares ahead. 0 prepares each batch when it is needed. Used when `pipelining`."""
+    prefetch: int | None = None
+    """Batches that the host prepares ahead, in a thread. 0 prepares each batch when it is needed. None means 2 on an
+    HPU, and 0 on the CPU, where no device waits and a thread takes time from the network; "auto" begins with 2
+    everywhere. Used when `pipelining`."""
 
     in_flight: int = 1
     """Batches whose output may wait on the device while a later one is launched. Used when `pipelining`."""
@@ -94,7 +96,6 @@ class InferenceConfig:
         if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile")):
             raise TypeError(f"`hpu_graphs` must be True, False, 'hpu_graph' or 'compile', got {self.hpu_graphs!r}.")
         for name, low, high in (
-            ("prefetch", 0, 1024),
             ("in_flight", 0, 1024),
             ("max_graphs", 1, 65536),
             ("verify_graphs", 0, 65536),
@@ -103,6 +104,8 @@ class InferenceConfig:
             ("depth_memory", 1, 2**63),
         ):
             _check_range(name, getattr(self, name), low, high)
+        if self.prefetch is not None:
+            _check_range("prefetch", self.prefetch, 0, 1024)
         if self.graph_memory is not None:
             _check_range("graph_memory", self.graph_memory, 1, 2**63)
         if self.graph_modules is not None:
@@ -127,6 +130,14 @@ class InferenceConfig:
         group = self.group_by_length
         if not (group is None or isinstance(group, str | Sequence) or callable(group)):
             raise TypeError(f"`group_by_length` must be a key, a function or lengths, got {group!r}.")
+
+    def ahead(self, device_type: str) -> int:
+        """Batches to prepare ahead where the network runs on a device of that type."""
+        if not self.pipelining:
+            return 0
+        if self.prefetch is not None:
+            return self.prefetch
+        return 0 if device_type == "cpu" and self.pipelining is True else 2
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

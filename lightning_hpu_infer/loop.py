@@ -236,11 +236,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
         Lightning does so for true half and double precision (`plugins/precision/half.py`); a dataset in a thread
         would make tensors of that dtype or not, by chance.
         """
-        if not self.config.pipelining:
-            return 0
         before = torch.get_default_dtype()
         with self.trainer.precision_plugin.predict_step_context():
-            return self.config.prefetch if torch.get_default_dtype() == before else 0
+            if torch.get_default_dtype() != before:
+                return 0
+        return self.config.ahead(self.trainer.strategy.root_device.type)
 
     def _drain(self, in_flight: InFlight[_Batch]) -> None:
         while in_flight:

@@ -198,7 +198,7 @@ class InferencePipeline:
             RuntimeError: If the pipeline is closed.
         """
         in_flight = InFlight(self._launch, self._depth)
-        ahead = self.config.prefetch if self.config.pipelining else 0
+        ahead = self.config.ahead(self.device.type)
         with Prefetcher(map(self._prepare, batches), ahead, torch.inference_mode) as prepared:
             for batch in prepared:
                 in_flight.launch(batch)

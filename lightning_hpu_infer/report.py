@@ -506,8 +506,8 @@ def _input_advice(report: Report, on: InferenceConfig, stage: Stage | None) -> s
     supply, rest = each.lane(Lane.PREFETCH), each.others(Lane.PREFETCH)
     if supply < rest:
         return (
-            f"Raise `prefetch` from {on.prefetch} to {2 * on.prefetch}: batches are prepared fast enough on the whole,"
-            " but unevenly."
+            f"Raise `prefetch` from {on.prefetch or 2} to {2 * (on.prefetch or 2)}: batches are prepared fast enough on"
+            " the whole, but unevenly."
         )
     workers = max(2, math.ceil(supply / rest)) if rest else 2
     return (

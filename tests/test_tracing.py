@@ -111,7 +111,7 @@ def test_the_pinned_share_leaves_out_what_the_bridge_would_not_read_from_there(t
 
 
 def test_on_the_cpu_there_are_host_lanes_only(tmp_path: Path) -> None:
-    spans, report = traced(tmp_path)
+    spans, report = traced(tmp_path, prefetch=2)
     assert {span.lane for span in spans} == {Lane.MAIN, Lane.PREFETCH}
     assert (report.device, report.measured_on) == (None, "cpu")
 
