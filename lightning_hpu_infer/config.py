@@ -129,7 +129,7 @@ class InferenceConfig:
             raise TypeError(f"`trace` must be a folder or None, got {self.trace!r}.")
         group = self.group_by_length
         if not (group is None or isinstance(group, str | Sequence) or callable(group)):
-            raise TypeError(f"`group_by_length` must be a key, a function or lengths, got {group!r}.")
+            raise TypeError(f"`group_by_length` must be a key, a function or a list of lengths, got {group!r}.")
 
     def ahead(self, device_type: str) -> int:
         """Batches to prepare ahead where the network runs on a device of that type."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.graphs import GraphCounts, GraphedForward
+from lightning_hpu_infer.graphs import GraphCounts, GraphedForward, KeptState
 from lightning_hpu_infer.trace import LaneTrace
 from lightning_hpu_infer.watch import outermost_calls
 
@@ -40,6 +40,7 @@ class NetworkGraphs:
         self._kind = kind
         self._networks: dict[nn.Module, GraphedForward] | None = None
         self._weights: dict[nn.Module, _Weights] = {}
+        self._states: dict[nn.Module, KeptState] = {}
         self._shadowed: list[tuple[nn.Module, object]] = []
         self._trace: LaneTrace | None = None
         self.counts = GraphCounts()
@@ -48,12 +49,12 @@ class NetworkGraphs:
 
     def serve(self, root: nn.Module, device: torch.device, config: InferenceConfig, kind: str) -> bool:
         """Whether these graphs are of use in such a run."""
-        networks = (self._networks or {}).items()
+        networks, modules = (self._networks or {}).items(), set(root.modules())
         return (
             self._root is root
             and self._config is config
             and (self._device, self._kind) == (device, kind)
-            and all(module.forward == graphed.forward for module, graphed in networks)
+            and all(module in modules and module.forward == graphed.forward for module, graphed in networks)
         )
 
     @contextmanager
@@ -70,16 +71,21 @@ class NetworkGraphs:
         self.counts = GraphCounts()
         for module, graphed in (self._networks or {}).items():
             graphed.counts = self.counts
-            if module in self._weights and self._weights[module].put_back(module):
-                graphed.distrust()
+            # A compiled network reads its weights at every call, wherever they are.
+            if module in self._states and (self._kind != "hpu_graph" or self._weights[module].put_back(self._root)):
+                self._states[module].note_tensors(module)
+                graphed.distrust(self._states[module])
             else:
                 graphed.forget_all()
         self._weights.clear()
+        self._states.clear()
         try:
             for module, graphed in (self._networks or {}).items():
                 self._shadow(module, graphed)
             yield
-            self._weights = {m: _Weights(m) for m, graphed in (self._networks or {}).items() if graphed.holds_graphs}
+            kept = [module for module, graphed in (self._networks or {}).items() if graphed.holds_graphs]
+            self._states = {module: KeptState(module) for module in kept}
+            self._weights = {module: _Weights(module) for module in kept if self._kind == "hpu_graph"}
         finally:
             for module, own in reversed(self._shadowed):
                 if own is None:
@@ -137,12 +143,17 @@ class _Weights:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = module
         # Aliases: where a move changes `parameter.data`, the parameter itself would not stay on the device.
         self._tensors = {place: tensor.detach() for place, tensor in _weights(module)}
 
-    def put_back(self, module: nn.Module) -> bool:
-        """Give the module these tensors in place of its own if they are equal. Reads the device once."""
-        current = dict(_weights(module))
+    def put_back(self, root: nn.Module) -> bool:
+        """Give the network these tensors in place of its own if they are equal. Reads the device once.
+
+        Args:
+            root: What the network is part of; other modules of it may share its weights.
+        """
+        current = dict(_weights(self._module))
         if current.keys() != self._tensors.keys():
             return False
         equal = []
@@ -155,12 +166,19 @@ class _Weights:
             equal.append((kept == tensor).all())
         if equal and not bool(torch.stack(equal).all()):
             return False
-        for (owner, name), tensor in current.items():
-            kept = self._tensors[owner, name]
-            if isinstance(tensor, nn.Parameter):
-                owner._parameters[name] = nn.Parameter(kept, tensor.requires_grad)
-            else:
-                owner._buffers[name] = kept
+        if not torch.__future__.get_overwrite_module_params_on_conversion():
+            for place, tensor in current.items():
+                tensor.data = self._tensors[place]
+            return True
+        # A move makes new parameters there, so there are none to preserve, but weights that are shared stay shared.
+        instead = {
+            id(tensor): nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
+            for tensor, kept in ((tensor, self._tensors[place]) for place, tensor in current.items())
+        }
+        for owner in root.modules():
+            held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
+            for tensors in held:
+                tensors.update({name: instead[id(own)] for name, own in tensors.items() if id(own) in instead})
         return True
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 # Python values that mean the same in every call with an equal key.
-_CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class NotCapturable(Exception):
@@ -62,10 +62,14 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 
 def _contents(leaf: object) -> dict[str, Any] | None:
+    """What a container holds; None for anything else, and for one with attributes besides, which would be lost."""
+    names = set(getattr(leaf, "__dict__", ()))
     if isinstance(leaf, UserDict):
-        return dict(leaf.data)
+        # The others are what a tokenizer adds to its `BatchEncoding`, of no use to a network.
+        return dict(leaf.data) if names <= {"data", "_encodings", "_n_sequences"} else None
     if is_dataclass(leaf) and not isinstance(leaf, type):
-        return {each.name: getattr(leaf, each.name) for each in fields(leaf)}
+        contents = {each.name: getattr(leaf, each.name) for each in fields(leaf)}
+        return contents if names <= contents.keys() else None
     return None
 
 
@@ -155,7 +159,7 @@ def describe(leaf: object, device_type: str) -> Layout | tuple[type, object]:
         return layout(leaf)
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)  # 0.0 and -0.0 are equal, nan is not even equal to itself
-    if isinstance(leaf, _CONSTANTS):
+    if isinstance(leaf, CONSTANTS):
         return type(leaf), leaf
     raise NotCapturable(f"it is given a {type(leaf).__name__}, which may change unseen; give it tensors or constants")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _OWN_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 _READS = {"aten::item", "aten::is_nonzero", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
@@ -57,13 +58,24 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         inputs: The tensors that the watched call is given.
+        state: The tensors that the network keeps.
     """
 
-    def __init__(self, inputs: Iterable[object]) -> None:
+    def __init__(self, inputs: Iterable[object], state: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._inputs = {id(tensor) for tensor in inputs}
+        self._kept: list[Any] = []  # as long as their ids are compared
+        self._owners: dict[int, str] = {}
+        for what, tensors in (("its own state", state), ("its input", inputs)):
+            for tensor in tensors:
+                self._owned(tensor, what)
         self.found = ""
         """The first such op, what is wrong with it, and the user's line that called it."""
+        self.changed = ""
+        """Likewise, the first op that changes what outlives the call: it must not run twice."""
+
+    def _owned(self, tensor: object, what: str) -> None:
+        self._kept.append(tensor)
+        self._owners[id(tensor)] = what
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -72,7 +84,26 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self.found and (what := self._problem(func, args, kwargs)):
             self.found = f"{what} ({func}, {_users_line()})"
-        return func(*args, **kwargs)
+        if not self.changed and (owner := self._written(func, args, kwargs)):
+            self.changed = f"it changes {owner} in place ({func}, {_users_line()})"
+        output = func(*args, **kwargs)
+        # A view of what is owned is owned: inference mode keeps no other record of it.
+        if args and id(args[0]) in self._owners and any(each.alias_info for each in func._schema.returns):
+            for tensor in tree_leaves(output):
+                self._owned(tensor, self._owners[id(args[0])])
+        return output
+
+    def _written(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Whose tensor an op writes to, if it is somebody's."""
+        if not func._schema.is_mutable:
+            return ""
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(given):
+                    if id(tensor) in self._owners:
+                        return self._owners[id(tensor)]
+        return ""
 
     def _problem(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         name = func._schema.name
@@ -89,8 +120,6 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return "it indexes with a mask, whose size depends on values"
         elif name in _READS or {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
             return "it reads values of the device"
-        if func._schema.is_mutable and args and id(args[0]) in self._inputs:
-            return "it changes its input in place"
         return ""
 
 

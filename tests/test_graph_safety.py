@@ -2,7 +2,9 @@
 
 import copy
 import re
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -266,3 +268,131 @@ def test_what_a_graph_is_given_may_be_changed_by_the_step_afterwards() -> None:
         return first, network(x)
 
     assert_like_stock(HPUInferenceAccelerator(), Module(lambda n, x: n.linear(x), step), DataLoader(Rows(24), 2))
+
+
+class Stateful(nn.Module):
+    """Keeps a running sum of its outputs, in a buffer or in an attribute, written in place or replaced."""
+
+    total: Tensor
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("total", torch.zeros(4))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.linear(x)
+        if self.how == "copy":
+            self.total.copy_(self.total + rows.sum(0))
+        elif self.how == "add":
+            self.total += rows.sum(0)
+        elif self.how == "view":
+            self.total[:2].add_(1)
+        elif self.how == "out":
+            torch.add(self.total, rows.sum(0), out=self.total)
+        else:
+            self.total = self.total + rows.sum(0)
+        return rows + self.total
+
+
+@pytest.mark.parametrize("how", ["copy", "add", "view", "out", "replace"])
+def test_a_network_that_changes_its_own_state_is_not_run_twice(how: str) -> None:
+    module = Net()
+    module.net = Stateful(how)  # type: ignore[assignment]
+    reason = "it keeps replacing tensors that it holds" if how == "replace" else "it changes its own state in place"
+    with pytest.warns(UserWarning, match=reason):
+        assert graphed(module).captures == 0
+
+
+@pytest.mark.parametrize("how", ["copy", "replace"])
+def test_nor_is_it_in_eager_mode(how: str) -> None:
+    emulator.uninstall()
+    torch._dynamo.reset()
+    emulator.install(emulator.EmulatorConfig(lazy=False))
+    module = Net()
+    module.net = Stateful(how)  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="runs without torch.compile: it (changes|keeps replacing)"):
+        graphed(module)
+    torch._dynamo.reset()
+
+
+def test_an_input_that_is_changed_through_a_view_is_changed_once() -> None:
+    def change(network: Network, x: Tensor) -> Tensor:
+        x[:, 0] += 1
+        return network.linear(x)
+
+    def step(network: Network, x: Tensor, i: int) -> Any:
+        x = x.clone()
+        return network(x), x
+
+    with pytest.warns(UserWarning, match="it changes its input in place"):
+        assert graphed(Module(change, step)).captures == 0
+
+
+def test_a_small_column_is_compared_by_its_own_size() -> None:
+    """Boxes of a thousand pixels beside a score below one, which a graph gets wrong."""
+
+    def boxes(network: Network, x: Tensor) -> Tensor:
+        network.calls += 1
+        score = network.linear(x)[:, :1].sigmoid() * 0.1 * network.calls
+        return torch.cat([x * 1000, score], 1)
+
+    module = Module(boxes)
+    x = torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="a replay differs from the plain forward"):
+        predict(HPUInferenceAccelerator(), module, DataLoader([x] * 8, batch_size=None))  # type: ignore[arg-type]
+
+
+def test_complex_results_are_compared_in_both_parts() -> None:
+    def phase(network: Network, x: Tensor) -> Tensor:
+        network.calls += 1
+        return torch.complex(x, x * network.calls)
+
+    module = Module(phase)
+    x = torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="a replay differs from the plain forward"):
+        predict(HPUInferenceAccelerator(), module, DataLoader([x] * 8, batch_size=None))  # type: ignore[arg-type]
+
+
+class Tagged(UserDict[str, Any]):
+    """Has an attribute besides its items."""
+
+    tag = 1.0
+
+
+def test_attributes_of_a_container_are_not_lost() -> None:
+    def tagged(network: Network, batch: Tagged) -> Tensor:
+        return network.linear(batch["x"]) * batch.tag
+
+    def step(network: Network, x: Tensor, i: int) -> Any:
+        batch = Tagged(x=x)
+        batch.tag = float(i)
+        return network(batch)
+
+    with pytest.warns(UserWarning, match="it is given a Tagged, which may change unseen"):
+        assert graphed(Module(tagged, step)).captures == 0
+
+
+@dataclass
+class Named:
+    x: Tensor
+    weight: Any
+
+
+def test_containers_that_torch_does_not_know_are_captured() -> None:
+    def step(network: Network, x: Tensor, i: int) -> Any:
+        result = network(Named(x, 0.5), UserDict(y=x + 1, label="a"))
+        return result.x
+
+    module = Module(lambda n, g, m: Named(n.linear(g.x) * g.weight + m["y"], n.linear(g.x)), step)
+    assert graphed(module).captures == 1
+
+
+def test_values_that_keep_changing_are_reported() -> None:
+    def step(network: Network, x: Tensor, i: int) -> Any:
+        return network(x, i)
+
+    with pytest.warns(UserWarning, match=r"given Python values that keep changing \(1, 2, 3, ...\)"):
+        assert graphed(Module(lambda n, x, i: n.linear(x) + i, step)).captures == 0

@@ -167,7 +167,7 @@ def test_what_cannot_be_grouped_is_refused(loaders: Any, error: type[Exception],
 
 
 def test_a_flag_of_the_wrong_type_is_refused() -> None:
-    with pytest.raises(TypeError, match="`group_by_length` must be a key, a function or lengths, got 3"):
+    with pytest.raises(TypeError, match="`group_by_length` must be a key, a function or a list of lengths, got 3"):
         HPUInferenceAccelerator(group_by_length=3)  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
+from lightning_hpu_infer.networks import NetworkGraphs
 from tests.helpers import Broken, Net, Rows, assert_equal, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -195,3 +196,98 @@ def test_a_pipeline_can_name_its_networks() -> None:
     with InferencePipeline(module, config=InferenceConfig(graph_modules=["encoder"])) as pipeline:
         assert_equal(list(pipeline.predict(batches)), expected)
     assert (emulator.stats().captures, emulator.stats().replays) == (1, 5)
+
+
+def test_a_value_that_a_hook_sets_for_each_run_is_noticed_by_the_next() -> None:
+    """The graphs' first replay may look right by chance, so the attributes are compared, after the hooks have run."""
+
+    class Threshold(Two):
+        threshold = 0.0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = Above()
+
+        def on_predict_start(self) -> None:
+            vars(self.decoder)["above"] = self.threshold
+
+    class Above(nn.Linear):
+        above = 0.0
+
+        def __init__(self) -> None:
+            super().__init__(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (super().forward(x) > self.above) & (x[:, :4].abs() > 0.9)
+
+    (first, second, third) = runs(
+        Threshold(),
+        nothing,
+        lambda module: setattr(module, "threshold", 0.3),
+        nothing,
+        graph_modules=["decoder"],
+    )
+    assert (first.captures, second.captures, third.captures) == (1, 1, 0)
+
+
+def test_a_tensor_that_a_hook_replaces_is_noticed_by_the_next_run() -> None:
+    class Shifted(Two):
+        shift = 0.0
+
+        def on_predict_start(self) -> None:
+            self.table = torch.full((4,), self.shift).to(self.device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.table
+
+    flags: dict[str, Any] = {"verify_graphs": 0, "graph_modules": [""]}
+    first, second = runs(Shifted(), nothing, lambda module: setattr(module, "shift", 1e-4), **flags)
+    assert (first.captures, second.captures) == (1, 1)
+
+
+def test_a_network_that_was_replaced_is_found_anew() -> None:
+    class Calls(Two):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self.decoder(self.encoder(batch))
+
+    first, second = runs(Calls(), nothing, replace_layer)
+    assert (first.captures, second.captures) == (2, 2)
+
+
+def test_weights_that_other_modules_share_stay_shared_in_a_run() -> None:
+    shared: list[bool] = []
+
+    class Head(Two):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(8, 4)
+
+        def on_predict_start(self) -> None:
+            self.head.weight = self.decoder.weight  # what a move took apart
+
+        def on_predict_batch_start(self, *_: Any) -> None:
+            shared.append(self.head.weight is self.decoder.weight)
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self.decoder(self.encoder(batch))
+
+    runs(Head(), nothing, nothing)
+    assert set(shared) == {True}
+
+
+def test_on_the_cpu_parameters_stay_the_same_objects() -> None:
+    emulator.uninstall()
+    torch._dynamo.reset()
+    module = Two()
+    before = dict(module.named_parameters())
+    ours = trainer(HPUInferenceAccelerator(hpu_graphs="compile"))
+    graphs = NetworkGraphs(module, torch.device("cpu"), ours.accelerator.config, "eager")  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        for _ in range(2):
+            with graphs.attached():
+                for _ in range(4):
+                    with graphs.step():
+                        module(torch.ones(2, 4))
+    assert graphs.counts.captures == 0
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+    torch._dynamo.reset()
