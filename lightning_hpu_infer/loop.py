@@ -114,6 +114,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._predictions = [loader.predictions() for loader in self._reordered]
             if any(self.epoch_batch_indices):
                 self.epoch_batch_indices = [loader.batch_indices() for loader in self._reordered]
+            self._reordered = []  # they hold every prediction
         if self._graphs is not None and self._graphs.counts.captures:
             rank_zero_info(str(self._graphs.counts))
         if self._tuner is not None:
