@@ -66,12 +66,14 @@ def main() -> None:
             torch.testing.assert_close(predictions[:LAST], expected[:LAST])
         figures["auto"] = steady_ms(ends)
         found[name] = figures
-        best = min(figures[arm] for arm in FIXED)
-        cells = [f"{each:.1f}" for each in figures.values()]
+        # What a backlog seems to gain below the longest stage is no steady state.
+        best = max(max(scaled), min(figures[arm] for arm in FIXED))
+        figures["best"] = best
+        cells = [f"{figures[arm]:.1f}" for arm in (*FIXED, "auto")]
         table.add_row(name, f"{max(scaled):g}", *cells, f"{figures['auto'] / best:.2f}")
     emulator.uninstall()
     Console(width=120).print(table)
-    ratios = [figures["auto"] / min(figures[arm] for arm in FIXED) for figures in found.values()]
+    ratios = [figures["auto"] / figures["best"] for figures in found.values()]
     Console().print(f"auto / best fixed: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}")
     Console().print("predictions of all arms are equal")
     if options.json:

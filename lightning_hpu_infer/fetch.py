@@ -54,7 +54,6 @@ class PendingOutput:
         fetch: Whether anybody wants the output on the host.
         buffers: Where to copy to without waiting. What the bridge can only copy and wait is still copied late.
         trace: Where waiting and copying are recorded, apart from one another.
-        watched: Whether `is_done` will be asked.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class PendingOutput:
         fetch: bool = True,
         buffers: PinnedBuffers | None = None,
         trace: LaneTrace | None = None,
-        watched: bool = False,
     ) -> None:
         tensors = [output] if type(output) is Tensor else list(_tensors(output))
         on_hpu = device.type == _habana.DEVICE_TYPE
@@ -84,15 +82,11 @@ class PendingOutput:
                 if tensor.device.type == device.type and id(tensor) not in self._copies:
                     self._start_copy(tensor, buffers)
         self._event = None
-        if on_hpu and (watched or trace is not None or self._copies or not self._fetch):
+        if on_hpu and (trace is not None or self._copies or not self._fetch):
             # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
             self._event = _habana.record_event()
         self._trace = trace
         self._batch = trace.batch if trace is not None else None
-
-    def is_done(self) -> bool:
-        """Whether the device has finished this output; False where nobody said that it would be `watched`."""
-        return self._event is not None and bool(self._event.query())
 
     def result(self) -> Any:
         """Wait until the output is there and return it with host tensors; unmoved if `fetch` was False.

@@ -59,6 +59,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     _pinned: int  # tensors of a traced run in pinned memory
     _copies: int  # all of them
     _tuner: DepthTuner | None  # likewise
+    _blocked: float  # seconds of waiting for output since the newest launch
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
     _combined_loader: Any
@@ -134,7 +135,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.reset()
         self.on_run_start()
         depth, trace = self._depth(), self._trace
-        self._tuner = None
+        self._tuner, self._blocked = None, 0.0
         if self.config.pipelining == "auto" and depth:
             self._tuner = DepthTuner(Depths(depth, self.config.in_flight), self.config.depth_memory)
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
@@ -176,7 +177,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
                     loader = item.dataloader_idx
                 if tuner is not None:
                     waited, nbytes = perf_counter() - began, size_of(item.batch)
-                    depths = tuner.launched(waited=waited, starved=in_flight.starved, nbytes=nbytes)
+                    depths = tuner.launched(waited=waited, blocked=self._blocked, nbytes=nbytes)
+                    self._blocked = 0.0
                     if depths is not None:
                         prepared.deepen(depths.prefetch)
                         in_flight.depth = depths.in_flight
@@ -303,8 +305,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
             output = self._cut(output, item.lengths)
             self._end(item, output)
         trace = None if self._trace is None else self._trace.main
-        device, watched = self.trainer.strategy.root_device, self._tuner is not None
-        return PendingOutput(output, device, fetch=wanted, buffers=self._output_buffers, trace=trace, watched=watched)
+        device = self.trainer.strategy.root_device
+        return PendingOutput(output, device, fetch=wanted, buffers=self._output_buffers, trace=trace)
 
     def _step(self, item: _Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""
@@ -332,7 +334,9 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def _retire(self, in_flight: InFlight[_Batch]) -> None:
         """Wait for the oldest batch's output and finish the batch."""
+        began = perf_counter()
         item, output = in_flight.retire()
+        self._blocked += perf_counter() - began
         if not self.config.defer_hooks:
             self._store(item, output)
             return

@@ -40,11 +40,6 @@ class InFlight(Generic[T]):
         return len(self._pending)
 
     @property
-    def starved(self) -> bool:
-        """Whether the device has finished all of them, as far as it can tell."""
-        return bool(self._pending) and self._pending[-1][1].is_done()
-
-    @property
     def overdue(self) -> bool:
         """Whether the oldest item has to be retired before another may be launched."""
         return len(self._pending) > self.depth

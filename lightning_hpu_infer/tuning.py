@@ -21,8 +21,8 @@ class Depths(NamedTuple):
 class DepthTuner:
     """Tries greater depths, one at a time, over windows of batches.
 
-    It raises `prefetch` while the main thread waits for input, and `in_flight` while the device has nothing left to do
-    when the next batch is launched. What does not pay is taken back and not tried again.
+    It raises `prefetch` while the main thread waits for input, and `in_flight` while it waits for output. What does not
+    pay is taken back and not tried again: where the device is the limit, the main thread waits for it at every depth.
 
     Args:
         depths: Where to start.
@@ -46,12 +46,12 @@ class DepthTuner:
         """Depths, seconds per batch and shares of the window before a trial."""
         self._start_window(settle=window // 4)
 
-    def launched(self, *, waited: float, starved: bool, nbytes: int) -> Depths | None:
+    def launched(self, *, waited: float, blocked: float, nbytes: int) -> Depths | None:
         """Count a batch; returns other depths when it is time for them.
 
         Args:
             waited: Seconds that the main thread waited for the batch.
-            starved: Whether the device had finished all that was launched before.
+            blocked: Seconds that it has waited for output since the batch before.
             nbytes: Size of the batch.
         """
         self._nbytes = max(self._nbytes, nbytes)
@@ -61,11 +61,11 @@ class DepthTuner:
             return None
         self._batches += 1
         self._waited += waited
-        self._starved += starved
+        self._blocked += blocked
         if self._batches < self._window:
             return None
         seconds = self._clock() - self._began
-        shares = {"prefetch": self._waited / seconds, "in_flight": self._starved / self._batches}
+        shares = {"prefetch": self._waited / seconds, "in_flight": self._blocked / seconds}
         return self._decide(seconds / self._batches, shares)
 
     def summary(self) -> tuple[str, ...]:
@@ -106,6 +106,6 @@ class DepthTuner:
 
     def _start_window(self, settle: int) -> None:
         self._settling = settle
-        self._batches = self._starved = 0
-        self._waited = 0.0
+        self._batches = 0
+        self._waited = self._blocked = 0.0
         self._began = self._clock()

@@ -32,6 +32,7 @@ class Simulated:
         prepared: list[float] = []
         done: list[float] = []  # when the device had computed each batch
         retired = 0
+        blocked = 0.0
         for i in range(batches):
             prepare, compute, _ = self.durations(i)
             # A place is free once batch i - prefetch was taken.
@@ -40,11 +41,12 @@ class Simulated:
             waited = max(0.0, prepared[i] - self.now)
             self.now += waited
             taken.append(self.now)
-            starved = i > 0 and done[-1] <= self.now
             done.append(max(self.now, done[-1] if done else 0.0) + compute)
             if self.tuner is not None:
-                self.depths = self.tuner.launched(waited=waited, starved=starved, nbytes=nbytes) or self.depths
+                self.depths = self.tuner.launched(waited=waited, blocked=blocked, nbytes=nbytes) or self.depths
+                blocked = 0.0
             while i - retired >= self.depths.in_flight:
+                blocked += max(0.0, done[retired] - self.now)
                 self._retire(done, retired)
                 retired += 1
         for i in range(retired, batches):
