@@ -11,26 +11,22 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.compare import difference
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.shapes import pad_rows
 from lightning_hpu_infer.signature import (
-    CONSTANTS,
     GraphKey,
     Layout,
     NotCapturable,
-    describe,
     flatten,
     layout,
     with_tensors,
     without_tensors,
 )
+from lightning_hpu_infer.state import KeptState, replaced, tensors_kept_by
 from lightning_hpu_infer.trace import LaneTrace, Stage
 from lightning_hpu_infer.watch import HostReads
 
-# How far a replay may be from the plain forward, relative to the largest value: rounding, not a wrong result.
-_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-3}
-# What is allowed besides, relative to the largest value of all: cancellation leaves such noise in small columns.
-_NOISE = 1e-2
 # Signatures of one network that are remembered, captured or not.
 _MAX_KEYS = 1024
 # Watched calls in which a network may still make its caches.
@@ -292,7 +288,7 @@ class GraphedForward:
             return self._replay(entry.run, leaves)
         return self._checked_call(entry, key, leaves, args, kwargs)
 
-    def distrust(self, state: "KeptState") -> None:
+    def distrust(self, state: KeptState) -> None:
         """Begin another run: graphs stay if the network still holds `state`, each compared once more all the same."""
         self._unchecked = state
         for entry in self._entries.values():
@@ -351,7 +347,7 @@ class GraphedForward:
             output = self._plain(args, kwargs)
         # torch.compile finds by itself where Python reads the device, but verification would run a change twice.
         reason = reads.changed or ((reads.found or _unfit(self._module)) if self._is_graph else "")
-        if not reason and _replaced(before, tensors_kept_by(self._module)):
+        if not reason and replaced(before, tensors_kept_by(self._module)):
             # It may be a cache that is made in the first call, so the next one is watched again.
             self._replacing += 1
             if self._replacing <= _PATIENCE:
@@ -385,13 +381,13 @@ class GraphedForward:
         if not reason and entry.to_verify:
             entry.to_verify -= 1
             self.counts.verified += 1
-            if difference := _difference(output, expected):
+            if found := difference(output, expected):
                 reason = (
-                    f"a replay differs from the plain forward ({difference}). It may read a Python value that changes,"
+                    f"a replay differs from the plain forward ({found}). It may read a Python value that changes,"
                     " or draw random numbers; a graph would repeat those of the call that was captured"
                 )
                 if isinstance(entry.run, _Padded):
-                    reason = f"rows added to a short batch change the others ({difference})"
+                    reason = f"rows added to a short batch change the others ({found})"
             output = expected
         if not reason:
             return output
@@ -476,15 +472,11 @@ class GraphedForward:
         alike = [other.values for other in self._entries if other.without_values == key.without_values]
         if len(alike) + 1 >= _MANY_VALUES:
             self._warned.add("values")
-            examples = [
-                found[0] if len(found) == 1 else found
-                for found in (
-                    tuple(value for place, value in enumerate(values) if len({each[place] for each in alike}) > 1)
-                    for values in alike
-                )
-            ]
+            places = range(len(key.values))
+            changing = next((place for place in places if len({each[place] for each in alike}) > 1), 0)
+            examples = ", ".join(repr(values[changing]) for values in alike)
             rank_zero_warn(
-                f"The network `{self.name}` is given Python values that keep changing ({_listed(examples)}, ...). Each"
+                f"The network `{self.name}` is given Python values that keep changing ({examples}, ...). Each"
                 " needs a graph of its own. Pass them as tensors, or do not pass them to the network."
             )
 
@@ -495,52 +487,6 @@ class GraphedForward:
             rank_zero_warn(f"The network `{self.name}` runs without {what}: {reason}.")
 
 
-def tensors_kept_by(module: nn.Module) -> dict[tuple[nn.Module, str], Tensor]:
-    """Weights, buffers and plain attributes of a module and its parts, by owner and name."""
-    kept: dict[tuple[nn.Module, str], Tensor] = {}
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers, vars(owner)):
-            kept |= {(owner, name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    return kept
-
-
-def _replaced(before: dict[Any, Tensor], after: dict[Any, Tensor]) -> bool:
-    return before.keys() != after.keys() or any(tensor is not after[place] for place, tensor in before.items())
-
-
-class KeptState:
-    """What a network held when its graphs were last used: which tensors, and the Python values of its attributes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._values = _values_of(module)
-        self.note_tensors(module)
-
-    def note_tensors(self, module: nn.Module) -> None:
-        """Take the module's present tensors for those that the graphs read."""
-        self._tensors = tensors_kept_by(module)
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the module holds the same tensors, and attributes with the same values."""
-        return not _replaced(self._tensors, tensors_kept_by(module)) and self._values == _values_of(module)
-
-
-def _values_of(module: nn.Module) -> dict[tuple[nn.Module, str], object]:
-    values: dict[tuple[nn.Module, str], object] = {}
-    for owner in module.modules():
-        for name, value in vars(owner).items():
-            # The first is part of the key, the second is Lightning's, for every hook another one.
-            if name in ("training", "_current_fx_name"):
-                continue
-            leaves, structure = flatten(value)
-            if all(isinstance(leaf, CONSTANTS) for leaf in leaves):
-                values[owner, name] = ([describe(leaf, "") for leaf in leaves], structure)
-    return values
-
-
-def _listed(examples: Iterable[object]) -> str:
-    return ", ".join(map(repr, examples))
-
-
 def _unfit(module: nn.Module) -> str:
     """Why a module must not be captured, by its looks."""
     for name, child in module.named_modules():
@@ -549,32 +495,4 @@ def _unfit(module: nn.Module) -> str:
         own = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("habana_frameworks")]
         if name and own:
             return f"its part `{name}` has forward hooks, which a replay would not call; remove them"
-    return ""
-
-
-def _difference(output: Any, expected: Any) -> str:
-    """How two results differ, or nothing. Waits for the device."""
-    (leaves, structure), (others, other_structure) = flatten(output), flatten(expected)
-    if structure != other_structure:
-        return "its structure changes"
-    for one, other in zip(leaves, others, strict=True):
-        if not isinstance(one, Tensor):
-            if one != other:
-                return f"{one!r} instead of {other!r}"
-            continue
-        one, other = one.cpu(), other.cpu()
-        if one.is_complex() and other.is_complex():
-            one, other = torch.view_as_real(one), torch.view_as_real(other)
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return f"{one.dtype}{list(one.shape)} instead of {other.dtype}{list(other.shape)}"
-        tolerance = _TOLERANCES.get(one.dtype, 0.0)
-        one, other = one.double(), other.double()
-        sizes = other.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        scale = float(sizes.max()) if sizes.numel() else 0.0
-        # By column of the last dimension: boxes of a thousand pixels must not hide scores below one.
-        columns = sizes.reshape(-1, sizes.shape[-1]).amax(0) if sizes.numel() and sizes.dim() > 1 else sizes
-        allowed = tolerance * (columns + sizes + _NOISE * scale)
-        alike = (one == other) | (one.isnan() & other.isnan()) | ((one - other).abs() <= allowed)
-        if not bool(alike.all()):
-            return f"largest difference {float((one - other).abs().max()):.3g}, largest value {scale:.3g}"
     return ""

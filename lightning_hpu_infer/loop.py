@@ -46,7 +46,8 @@ class _Batch:
     store: bool = False
     hook_args: tuple[Any, ...] = ()
     batch_indices: Any = None
-    count: int = 0
+    ready: int = 0
+    """What the counter `ready` showed in its step."""
 
 
 class PipelinedPredictionLoop(_PredictionLoop):
@@ -56,9 +57,9 @@ class PipelinedPredictionLoop(_PredictionLoop):
     _graphs: NetworkGraphs | None  # kept from run to run
     _buckets: Buckets | None  # likewise
     _trace: Trace | None  # of the run
-    _pinned: int  # tensors of a traced run in pinned memory
-    _copies: int  # all of them
     _tuner: DepthTuner | None  # likewise
+    _pinned: int  # tensors of a traced run that went through pinned memory
+    _copies: int  # all of its tensors
     _blocked: float  # seconds of waiting for output since the newest launch
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
@@ -319,7 +320,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         progress.increment_ready()
         any_on_epoch = hooks.reads_indices and self._store_data_for_prediction_writer(item.batch_idx, dataloader_idx)
         item.store = self._return_predictions or any_on_epoch
-        item.batch_indices, item.count = self.current_batch_indices, progress.current.ready
+        item.batch_indices, item.ready = self.current_batch_indices, progress.current.ready
 
         item.hook_args = (
             (batch, item.batch_idx, dataloader_idx) if self.num_dataloaders > 1 else (batch, item.batch_idx)
@@ -345,7 +346,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
         progress, current = self.batch_progress, self.batch_progress.current
         newest = progress.is_last_batch, self.current_batch_indices
         # Not all the same where a step has raised `StopIteration`.
-        later = current.ready - item.count, current.started - item.count, current.processed - item.count
+        later = current.ready - item.ready, current.started - item.ready, current.processed - item.ready
         progress.is_last_batch, self.current_batch_indices = item.is_last, item.batch_indices
         self._count(-later[0], -later[1], -later[2])
         self._finish(item, self._cut(output, item.lengths))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.graphs import GraphCounts, GraphedForward, KeptState
+from lightning_hpu_infer.graphs import GraphCounts, GraphedForward
+from lightning_hpu_infer.state import KeptState, KeptWeights
 from lightning_hpu_infer.trace import LaneTrace
 from lightning_hpu_infer.watch import outermost_calls
 
@@ -39,7 +40,7 @@ class NetworkGraphs:
         self._config = config
         self._kind = kind
         self._networks: dict[nn.Module, GraphedForward] | None = None
-        self._weights: dict[nn.Module, _Weights] = {}
+        self._weights: dict[nn.Module, KeptWeights] = {}
         self._states: dict[nn.Module, KeptState] = {}
         self._shadowed: list[tuple[nn.Module, object]] = []
         self._trace: LaneTrace | None = None
@@ -85,7 +86,7 @@ class NetworkGraphs:
             yield
             kept = [module for module, graphed in (self._networks or {}).items() if graphed.holds_graphs]
             self._states = {module: KeptState(module) for module in kept}
-            self._weights = {module: _Weights(module) for module in kept if self._kind == "hpu_graph"}
+            self._weights = {module: KeptWeights(module) for module in kept if self._kind == "hpu_graph"}
         finally:
             for module, own in reversed(self._shadowed):
                 if own is None:
@@ -133,61 +134,6 @@ class NetworkGraphs:
         graphed.follow(self._trace)
         self._shadowed.append((module, module.__dict__.get("forward")))
         module.__dict__["forward"] = forward
-
-
-class _Weights:
-    """The device tensors that a network's graphs read, held while the model itself is elsewhere.
-
-    Lightning moves the model to the CPU after a run and to new device tensors before the next
-    (Lightning `strategies/strategy.py`, `teardown`), while a graph reads those at which it was captured.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        # Aliases: where a move changes `parameter.data`, the parameter itself would not stay on the device.
-        self._tensors = {place: tensor.detach() for place, tensor in _weights(module)}
-
-    def put_back(self, root: nn.Module) -> bool:
-        """Give the network these tensors in place of its own if they are equal. Reads the device once.
-
-        Args:
-            root: What the network is part of; other modules of it may share its weights.
-        """
-        current = dict(_weights(self._module))
-        if current.keys() != self._tensors.keys():
-            return False
-        equal = []
-        for place, tensor in current.items():
-            kept = self._tensors[place]
-            if (kept.shape, kept.dtype, kept.device, kept.stride()) != (
-                tensor.shape, tensor.dtype, tensor.device, tensor.stride()
-            ):  # fmt: skip
-                return False
-            equal.append((kept == tensor).all())
-        if equal and not bool(torch.stack(equal).all()):
-            return False
-        if not torch.__future__.get_overwrite_module_params_on_conversion():
-            for place, tensor in current.items():
-                tensor.data = self._tensors[place]
-            return True
-        # A move makes new parameters there, so there are none to preserve, but weights that are shared stay shared.
-        instead = {
-            id(tensor): nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept
-            for tensor, kept in ((tensor, self._tensors[place]) for place, tensor in current.items())
-        }
-        for owner in root.modules():
-            held: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-            for tensors in held:
-                tensors.update({name: instead[id(own)] for name, own in tensors.items() if id(own) in instead})
-        return True
-
-
-def _weights(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], Tensor]]:
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    yield (owner, name), tensor
 
 
 def _outermost(called: Iterable[nn.Module]) -> list[nn.Module]:

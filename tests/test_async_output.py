@@ -37,7 +37,7 @@ def test_predictions_equal_stock(flags: dict[str, Any], module: type[Net]) -> No
     assert_like_stock(HPUInferenceAccelerator(async_output=True, **flags), module(), rows(21, 2))
 
 
-def test_copies_do_not_wait() -> None:
+def test_rule_9_copies_to_the_host_do_not_wait_where_asked() -> None:
     emulator.reset_stats()
     predict(HPUInferenceAccelerator(async_output=True), Net(), rows(12, 2))
     assert emulator.stats().d2h_non_blocking == 6
@@ -62,7 +62,7 @@ class Look(Callback):
         self.outputs.append(outputs)
 
 
-def test_what_is_kept_is_not_pinned_and_stays() -> None:
+def test_rule_8_what_is_kept_is_not_pinned_and_stays() -> None:
     look = Look()
     predictions = trainer(HPUInferenceAccelerator(async_output=True), [look]).predict(Net(), rows(12, 2))
     assert predictions is not None
@@ -73,7 +73,7 @@ def test_what_is_kept_is_not_pinned_and_stays() -> None:
     assert len({seen.data_ptr() for seen in look.outputs}) == 6
 
 
-def test_after_an_error_no_copy_is_under_way() -> None:
+def test_rule_8_after_an_error_no_copy_is_under_way() -> None:
     ours = trainer(HPUInferenceAccelerator(async_output=True, in_flight=3))
     with pytest.raises(Broken, match="step 4"):
         ours.predict(BrokenStep(), rows(12, 2))

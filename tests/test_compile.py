@@ -28,7 +28,7 @@ def eager() -> Iterator[None]:
 
 @pytest.mark.parametrize("hpu_graphs", [True, "compile"])
 @pytest.mark.usefixtures("eager")
-def test_in_eager_mode_networks_are_compiled(hpu_graphs: Any) -> None:
+def test_rule_6_in_eager_mode_networks_are_compiled(hpu_graphs: Any) -> None:
     expected = predict("cpu", Net(), rows(16, 2))
     emulator.reset_stats()
     ours = trainer(HPUInferenceAccelerator(hpu_graphs=hpu_graphs))
@@ -129,7 +129,7 @@ def test_in_eager_mode_compiled_networks_survive_to_the_next_run_and_notice_new_
         (False, "hpu_graph", "`hpu_graphs='hpu_graph'` is not possible in eager mode. Set PT_HPU_LAZY_MODE=1"),
     ],
 )
-def test_what_the_mode_cannot_do_is_refused(lazy: bool, hpu_graphs: Any, message: str) -> None:
+def test_rule_6_what_the_mode_cannot_do_is_refused(lazy: bool, hpu_graphs: Any, message: str) -> None:
     emulator.install(emulator.EmulatorConfig(lazy=lazy))
     try:
         with pytest.raises(MisconfigurationException, match=message):

@@ -64,7 +64,7 @@ def test_only_one_module_imports_habana_frameworks() -> None:
 # Who may be imported by whom: each module only from those before it.
 ORDER = [
     {"_habana", "shapes", "signature", "trace", "watch"},
-    {"config", "fetch", "grouping", "prefetch", "transfer", "tuning"},
+    {"config", "fetch", "compare", "grouping", "prefetch", "state", "transfer", "tuning"},
     {"buckets", "chrome", "graphs", "hooks", "reorder", "report"},
     {"networks", "plots", "doctor"},
     {"pipeline", "tracing", "diagnose"},
