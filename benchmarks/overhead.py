@@ -16,11 +16,13 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import lightning
 import torch
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer.tracing import TracedRun
 
 WIDTH = 8
 OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
@@ -43,6 +46,8 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 TARGETS = {"no callbacks": 1 / 3, "5 callbacks": 1 / 2, "tqdm bar": 1.0}
 """How much of what stock Lightning costs above the plain loop we allow ourselves."""
+TRACED = 0.05
+"""How much a trace may add to a loop that loads its data and computes next to nothing."""
 
 
 class Net(LightningModule):
@@ -306,6 +311,33 @@ def growth(console: Console, lengths: tuple[int, ...] = (100, 1_000, 20_000)) ->
     return found
 
 
+def tracing(console: Console, rounds: int, batches: int = 200) -> list[dict[str, Any]]:
+    """What `trace=` adds to a batch on the CPU. The report, made after a run, is left out.
+
+    Runs are short and many, and the first quartile of them is shown: a few microseconds drown in what other processes do.
+    """
+    table = Table("arm", "us/batch", "traced", "part", "target", title=f"CPU, cost of a trace, {rounds} rounds")
+    found = []
+    with tempfile.TemporaryDirectory() as folder, patch.object(TracedRun, "finish", lambda *_: None):
+        for source, make in sources(batches).items():
+            for name in ("all flags off", "defaults"):
+                runs = [
+                    lightnings(lambda flags=flags: HPUInferenceAccelerator(**flags), list)  # type: ignore[misc]
+                    for flags in (FLAGS[name], FLAGS[name] | {"trace": folder})
+                ]
+                micros: tuple[list[float], list[float]] = ([], [])
+                for number in range(rounds):
+                    for arm in (0, 1) if number % 2 else (1, 0):
+                        micros[arm].append(runs[arm](make())[1] / batches * 1e6)
+                without, traced = (statistics.quantiles(times, n=4)[0] for times in micros)
+                found.append({"arm": f"{source}, {name}", "micros": without, "traced": traced})
+                part = traced / without - 1
+                target = "" if source != "DataLoader" else f"{TRACED:.0%} {'met' if part <= TRACED else 'missed'}"
+                table.add_row(f"{source}, {name}", f"{without:.1f}", f"{traced:.1f}", f"{part:.1%}", target)
+    console.print(table)
+    return found
+
+
 def plot(results: list[Result], path: str) -> None:
     """Bars of what each arm costs above the plain loop, with its quartiles."""
     import matplotlib
@@ -363,9 +395,10 @@ def main() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    console, results, grown = Console(), [], []
+    console, results, grown, traced = Console(), [], [], []
     if "cpu" in options.device:
         results += measure("cpu", options.rounds, options.batches)
+        traced = tracing(console, 10 * options.rounds)
         grown = [] if options.no_growth else growth(console)
     if "hpu" in options.device:
         emulator.install()
@@ -374,7 +407,7 @@ def main() -> None:
     show(results, console)
     console.print("predictions of all arms are equal")
     if options.json:
-        whole = environment() | {"results": [result._asdict() for result in results], "growth": grown}
+        whole = environment() | {"results": [result._asdict() for result in results], "growth": grown, "tracing": traced}
         Path(options.json).write_text(json.dumps(whole, indent=1))
     if options.plot:
         plot(results, options.plot)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.trace import LaneTrace, Stage
+from lightning_hpu_infer.trace import LaneTrace, Stage, untimed
 
 _HOST = torch.device("cpu")
 
@@ -99,19 +99,16 @@ class PendingOutput:
                 "A tensor that `predict_step` returned was overwritten in place before it was fetched, so its values"
                 " are lost. Return a `.clone()` of it, or pass `pipelining=False`."
             )
-        wait = self._event.synchronize if self._event is not None else None
-        move = self._move
-        if self._trace is not None:
-            self._trace.batch = self._batch  # Later batches were launched since.
-            wait = wait and self._trace.wrap(Stage.WAIT_OUTPUT, wait)
-        if wait is not None:
-            wait()
+        trace = self._trace
+        if trace is not None:
+            trace.batch = self._batch  # Later batches were launched since.
+        call = untimed if trace is None else trace.timed
+        if self._event is not None:
+            call(Stage.WAIT_OUTPUT, self._event.synchronize)
         if not self._fetch:
             return self._output
-        if self._trace is not None:
-            move = self._trace.wrap(Stage.COPY_OUT, move)
         try:
-            return move(self._output)
+            return call(Stage.COPY_OUT, self._move, self._output)
         except (ValueError, MisconfigurationException):
             # A frozen dataclass cannot be moved. Hooks get it as stock Lightning's do; storing it raises there too.
             return self._output
@@ -141,6 +138,11 @@ class PendingOutput:
     def _arrived(self, tensor: Tensor) -> Tensor:
         # Whoever gets the output may keep it.
         return self._copies[id(tensor)].clone() if id(tensor) in self._copies else tensor
+
+
+def fetched(output: Any, device: torch.device, trace: LaneTrace) -> Any:
+    """What `PendingOutput` makes of an output that is wanted at once, with spans of the wait and the copy."""
+    return PendingOutput(output, device, trace=trace).result()
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -39,8 +39,11 @@ class BatchHooks:
     """`on_predict_batch_start` of all callbacks and the module: `(batch, batch_idx[, dataloader_idx])`."""
     end: Hook
     """`on_predict_batch_end`, likewise, with the outputs first."""
-    before_transfer: Hook
-    """`on_before_batch_transfer` of module or datamodule: `(batch, dataloader_idx) -> batch`."""
+    before_transfer: Hook | None
+    """The precision plugin's `convert_input` and `on_before_batch_transfer`: `(batch, dataloader_idx) -> batch`.
+
+    None if neither does anything.
+    """
     to_device: Hook
     """The strategy's `batch_to_device`: `(batch, dataloader_idx) -> batch`."""
     step: Hook
@@ -63,11 +66,10 @@ class BatchHooks:
             for listener in self._listeners()
         )
         self.reads_indices = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
-        self.before_transfer = self._data_hook("on_before_batch_transfer", named=not threaded)
+        self.before_transfer = self._before_transfer(named=not threaded)
         self.to_device = self._to_device()
         self.step = self._step()
         if trace is not None:
-            self.to_device = trace.main.wrap(Stage.COPY_IN, self.to_device)
             self.step = trace.main.wrap(Stage.LAUNCH, self.step)
 
     def _listeners(self) -> list[Any]:
@@ -98,8 +100,16 @@ class BatchHooks:
             return step
         return lambda batch, batch_idx, *dataloader_idx: step(batch, *dataloader_idx)
 
+    def _before_transfer(self, *, named: bool) -> Hook | None:
+        precision = self._trainer.precision_plugin
+        hook, convert = self._data_hook("on_before_batch_transfer", named=named), precision.convert_input
+        if type(precision).convert_input is not Precision.convert_input:
+            return lambda batch, dataloader_idx: hook(convert(batch), dataloader_idx)
+        return None if hook is _unchanged else hook
+
     def _to_device(self) -> Hook:
         strategy, module = self._trainer.strategy, type(self._module)
+        copies = True
         if (
             type(strategy).batch_to_device is Strategy.batch_to_device
             and module._apply_batch_transfer_handler is LightningModule._apply_batch_transfer_handler
@@ -107,6 +117,7 @@ class BatchHooks:
             device = strategy.root_device
             transfer = self._data_hook("transfer_batch_to_device")
             after = self._data_hook("on_after_batch_transfer")
+            copies = device.type != "cpu" or transfer is not _transfer or after is not _unchanged
 
             def batch_to_device(batch: Any, dataloader_idx: int) -> Any:
                 return after(transfer(batch, device, dataloader_idx), dataloader_idx)
@@ -115,7 +126,8 @@ class BatchHooks:
             def batch_to_device(batch: Any, dataloader_idx: int) -> Any:
                 return strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
-        return self._strategy_hook("batch_to_device", batch_to_device)
+        hook = self._strategy_hook("batch_to_device", batch_to_device)
+        return hook if self._trace is None or not copies else self._trace.main.wrap(Stage.COPY_IN, hook)
 
     def _strategy_hook(self, name: str, hook: Hook) -> Hook:
         return self._named(name, self._spanned(f"[Strategy]{type(self._trainer.strategy).__name__}.{name}", hook))

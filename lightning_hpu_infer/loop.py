@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers
+from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers, fetched
 from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
 from lightning_hpu_infer.networks import NetworkGraphs
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
@@ -141,6 +141,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
             self._tuner = DepthTuner(Depths(depth, self.config.in_flight), self.config.depth_memory)
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
         self._output_buffers = PinnedBuffers() if self.config.async_output else None
+        device = self.trainer.strategy.root_device
+        self._fetch = to_host
+        if trace is not None and not self.config.pipelining and device.type == _habana.DEVICE_TYPE:
+            # Pipelined, outputs are fetched when they are retired.
+            self._fetch = partial(fetched, device=device, trace=trace.main)
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
@@ -149,7 +154,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
-            del self._hooks, self._output_buffers
+            del self._hooks, self._output_buffers, self._fetch
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Iterator[_Batch]) -> None:
@@ -252,18 +257,18 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def _prepared_batches(self, depth: int) -> Iterator[_Batch]:
         """Host batches, ready to be copied. Advancing this iterator is the prefetching thread's work."""
-        trainer, fetcher, hooks = self.trainer, self._data_fetcher, self._hooks
+        fetcher, convert = self._data_fetcher, self._hooks.before_transfer
         assert fetcher is not None
         stages, buckets = self._stages, self._buckets
         ahead = self.config.pipelining
         owns = [ahead and _may_reuse_memory(loader) for loader in self._combined_loader.flattened]
+        prepares = convert is not None or buckets is not None or any(owns)
 
         def prepare(batch: Any, dataloader_idx: int) -> tuple[Any, Lengths | None]:
-            if not ahead:
-                self.batch_progress.is_last_batch = fetcher.done
             if owns[dataloader_idx]:
                 batch = own(batch)
-            batch = hooks.before_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx)
+            if convert is not None:
+                batch = convert(batch, dataloader_idx)
             return (batch, None) if buckets is None else buckets.pad(batch)
 
         # `iter(fetcher)` would start the dataloaders again.
@@ -282,8 +287,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 lane.batch = number
             try:
                 batch, batch_idx, dataloader_idx = fetch()
-                is_last = fetcher.done
-                batch, lengths = prepare(batch, dataloader_idx)
+                is_last, lengths = fetcher.done, None
+                if not ahead:
+                    self.batch_progress.is_last_batch = is_last
+                if prepares:
+                    batch, lengths = prepare(batch, dataloader_idx)
                 if stages and lane is None:
                     batch = pin(batch)
                 elif stages:
@@ -397,10 +405,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def _store(self, item: _Batch, output: Any) -> None:
         if item.store:
-            device = self.trainer.strategy.root_device
-            if self._trace is not None and not self.config.pipelining and device.type == _habana.DEVICE_TYPE:
-                output = PendingOutput(output, device, trace=self._trace.main).result()
-            self._predictions[item.dataloader_idx].append(to_host(output))
+            self._predictions[item.dataloader_idx].append(self._fetch(output))
 
     def _on_before_fetch(self) -> None:
         self.trainer.profiler.start(_FETCH_SPAN)

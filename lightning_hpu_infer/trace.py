@@ -1,13 +1,17 @@
-"""Spans of every stage of every batch. With tracing off there is nothing to call, so nothing to pay."""
+"""Spans of every stage of every batch. With tracing off there is nothing to call, so nothing to pay.
 
-import time
+A stage in which nothing can happen, such as hooks that nobody overrides, has no spans.
+"""
+
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class Lane(str, Enum):
@@ -75,36 +79,44 @@ class Span:
 
 
 class LaneTrace:
-    """Records what one host thread does."""
+    """Records what one host thread does: the newest half million spans."""
 
-    def __init__(self, lane: Lane, records: deque[tuple[Any, ...]]) -> None:
+    def __init__(self, lane: Lane) -> None:
         self._lane = lane
-        self._records = records
+        # Tuples of little else than numbers: they are made, and kept, beside every batch.
+        self._records: deque[tuple[Stage, float, float, int | None]] = deque(maxlen=500_000)
         self.batch: int | None = None
         """The batch that the thread works on."""
 
-    def wrap(self, stage: Stage, function: F) -> F:
-        """`function`, with a span around each call, also one that raises."""
-        lane, append, clock = self._lane, self._records.append, time.perf_counter
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` within a span, also if it raises."""
+        start = perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self._records.append((stage, start, perf_counter(), self.batch))
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = clock()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                append((stage, lane, start, clock(), self.batch))
-
-        return call  # type: ignore[return-value]
-
-
-class Trace:
-    """The spans of a run, of which the newest million are kept."""
-
-    def __init__(self) -> None:
-        self._records: deque[tuple[Any, ...]] = deque(maxlen=1_000_000)
-        self.main = LaneTrace(Lane.MAIN, self._records)
-        self.prefetch = LaneTrace(Lane.PREFETCH, self._records)
+    def wrap(self, stage: Stage, function: Callable[..., T]) -> Callable[..., T]:
+        """`function`, with a span around each call."""
+        return partial(self.timed, stage, function)
 
     def spans(self) -> list[Span]:
         """What was recorded, in the order in which it ended."""
-        return [Span(*record) for record in self._records]
+        return [Span(stage, self._lane, start, end, batch) for stage, start, end, batch in self._records]
+
+
+def untimed(stage: Stage, function: Callable[..., T], *args: Any) -> T:
+    """Call `function` as `LaneTrace.timed` does, without a trace."""
+    return function(*args)
+
+
+class Trace:
+    """The host's spans of a run, thread by thread."""
+
+    def __init__(self) -> None:
+        self.main = LaneTrace(Lane.MAIN)
+        self.prefetch = LaneTrace(Lane.PREFETCH)
+
+    def spans(self) -> list[Span]:
+        """What all threads recorded."""
+        return self.prefetch.spans() + self.main.spans()

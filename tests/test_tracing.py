@@ -18,11 +18,18 @@ BATCHES = 6
 FILES = {"trace.json", "report.json", "timeline.png", "timeline.svg"}
 
 
-def traced(folder: Path, **flags: Any) -> tuple[list[Span], Report]:
+class Prepares(Net):
+    """Works on each batch before it is copied."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch + 1
+
+
+def traced(folder: Path, net: type[Net] = Prepares, **flags: Any) -> tuple[list[Span], Report]:
     """Spans and report of a run whose predictions equal stock's."""
     accelerator = HPUInferenceAccelerator(trace=folder, **flags)
-    expected = predict("cpu", Net(), rows(2 * BATCHES, 2))
-    assert_equal(predict(accelerator, Net(), rows(2 * BATCHES, 2), callbacks=[HookLog()]), expected)
+    expected = predict("cpu", net(), rows(2 * BATCHES, 2))
+    assert_equal(predict(accelerator, net(), rows(2 * BATCHES, 2), callbacks=[HookLog()]), expected)
     assert {path.name for path in folder.iterdir()} == FILES
     spans, about = chrome.read(folder / "trace.json")
     assert accelerator.report is not None
@@ -108,6 +115,22 @@ def test_the_pinned_share_leaves_out_what_the_bridge_would_not_read_from_there(t
     assert accelerator.report is not None
     # 64-bit numbers are cast on the host in lazy mode.
     assert (accelerator.report.counters.pinned_copies, accelerator.report.counters.copies) == (4, 8)
+
+
+def test_a_stage_without_work_has_no_spans(tmp_path: Path) -> None:
+    """Nothing of the user's runs before the copy, and on the CPU there is no copy."""
+    spans, _ = traced(tmp_path, net=Net, prefetch=0)
+    for batch in range(BATCHES):
+        assert stages(spans, Lane.MAIN, batch) == [Stage.FETCH, Stage.START_HOOKS, Stage.LAUNCH, Stage.END_HOOKS]
+
+
+def test_a_users_transfer_hook_is_recorded_on_the_cpu_too(tmp_path: Path) -> None:
+    class Moves(Net):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch + 1
+
+    spans, _ = traced(tmp_path, net=Moves, prefetch=0)
+    assert [span.batch for span in spans if span.stage == Stage.COPY_IN] == list(range(BATCHES))
 
 
 def test_on_the_cpu_there_are_host_lanes_only(tmp_path: Path) -> None:
