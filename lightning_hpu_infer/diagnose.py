@@ -12,7 +12,8 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 from lightning_hpu_infer import chrome
-from lightning_hpu_infer.report import Report, analyse
+from lightning_hpu_infer.analysis import analyse
+from lightning_hpu_infer.report import Report
 from lightning_hpu_infer.trace import Lane, Span, Stage
 
 

@@ -7,7 +7,7 @@ from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from lightning_hpu_infer.report import Piece, device_gaps
+from lightning_hpu_infer.gaps import Piece, device_gaps
 from lightning_hpu_infer.trace import Lane, Span, Stage
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana, chrome
+from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.report import Counters, Report, analyse
+from lightning_hpu_infer.report import Counters, Report
 from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}

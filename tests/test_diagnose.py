@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import chrome, cli
+from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.cli import main
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.diagnose import diagnose, from_profiler
-from lightning_hpu_infer.report import Report, Verdict, analyse
+from lightning_hpu_infer.report import Report, Verdict
 from lightning_hpu_infer.trace import Lane, Span, Stage
 from tests.helpers import Rows
 from tests.test_report import Times, pipelined

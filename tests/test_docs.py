@@ -64,9 +64,9 @@ def test_only_one_module_imports_habana_frameworks() -> None:
 # Who may be imported by whom: each module only from those before it.
 ORDER = [
     {"_habana", "shapes", "signature", "trace", "watch"},
-    {"config", "fetch", "compare", "grouping", "prefetch", "state", "transfer", "tuning"},
-    {"buckets", "chrome", "graphs", "hooks", "reorder", "report"},
-    {"networks", "plots", "doctor"},
+    {"config", "fetch", "compare", "gaps", "grouping", "prefetch", "report", "state", "transfer", "tuning"},
+    {"advice", "buckets", "chrome", "graphs", "hooks", "plots", "reorder", "render"},
+    {"analysis", "networks", "doctor"},
     {"pipeline", "tracing", "diagnose"},
     {"loop", "cli"},
     {"accelerator", "__main__"},

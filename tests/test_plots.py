@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from lightning_hpu_infer import plots
+from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.report import analyse
 from lightning_hpu_infer.trace import Lane, Span, Stage
 from tests.test_report import Times, pipelined, stock
 

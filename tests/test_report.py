@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.report import Cause, Counters, Report, Severity, Verdict, analyse, device_gaps, timeline
+from lightning_hpu_infer.gaps import device_gaps, timeline
+from lightning_hpu_infer.report import Cause, Counters, Report, Severity, Verdict
 from lightning_hpu_infer.trace import Lane, Span, Stage
 
 OFF = InferenceConfig(hpu_graphs=False, async_copy=False, pipelining=False)
