@@ -210,7 +210,14 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 yield
             finally:
                 self._trace = None
-            report = traced.finish(self._counters(), self._tuner.summary() if self._tuner is not None else ())
+            try:
+                self._report(traced)
+            except Exception as error:
+                # Predictions that may have taken hours are not lost for a full disk.
+                rank_zero_warn(f"The trace of this run could not be written to {self.config.trace}: {error!r}")
+
+    def _report(self, traced: TracedRun) -> None:
+        report = traced.finish(self._counters(), self._tuner.summary() if self._tuner is not None else ())
         if report is not None:
             self.trainer.accelerator.report = report
             ranks = self.trainer.world_size

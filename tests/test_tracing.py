@@ -171,6 +171,16 @@ def test_rule_11_a_run_that_fails_leaves_no_files_and_the_next_one_does(tmp_path
     assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
 
 
+def test_predictions_outlive_a_trace_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    accelerator = HPUInferenceAccelerator(trace=file)
+    with pytest.warns(UserWarning, match=r"trace of this run could not be written to .*file: FileExistsError"):
+        predictions = predict(accelerator, Net(), rows(4, 2))
+    assert_equal(predictions, predict("cpu", Net(), rows(4, 2)))
+    assert accelerator.report is not None
+
+
 def test_without_a_batch_there_is_no_report(tmp_path: Path) -> None:
     accelerator = HPUInferenceAccelerator(trace=tmp_path)
     predict(accelerator, Net(), rows(4, 2), limit_predict_batches=0)
