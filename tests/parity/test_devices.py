@@ -1,9 +1,6 @@
 """Several devices: real processes, gloo standing in for hccl, compared with stock Lightning's on the CPU."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,30 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.helpers import Net, Rows, predict
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("predict_on_devices.py")
-
-
-def launch(command: list[str], folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run the script; returns exit code and stderr. Its whole process group is ended if it hangs."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_"))}
-    process = subprocess.Popen(
-        [*command, str(SCRIPT), str(folder), *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=folder,
-    )
-    try:
-        output, _ = process.communicate(timeout=110)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
+from tests.helpers import Net, Rows, launch, predict
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -62,7 +36,7 @@ def check(ranks: list[dict[str, Any]]) -> None:
     [("emulator", "auto"), ("emulator", "hpu_infer_ddp"), ("cpu", "auto")],
 )
 def test_two_devices_predict_every_sample_once(device: str, strategy: str, tmp_path: Path) -> None:
-    code, output = launch([sys.executable], tmp_path, device, strategy, "2")
+    code, output = launch(tmp_path, device, strategy, "2")
     assert code == 0, output
     ranks = results(tmp_path)
     check(ranks)
@@ -76,7 +50,7 @@ def test_two_devices_split_the_samples_as_stock_does(tmp_path: Path) -> None:
     shares = []
     for device in ("stock", "emulator"):
         (folder := tmp_path / device).mkdir()
-        code, output = launch([sys.executable], folder, device, "auto" if device == "emulator" else "ddp", "2")
+        code, output = launch(folder, device, "auto" if device == "emulator" else "ddp", "2")
         assert code == 0, output
         shares.append([rank["indices"] for rank in results(folder)])
     assert shares[1] == shares[0]
@@ -84,13 +58,13 @@ def test_two_devices_split_the_samples_as_stock_does(tmp_path: Path) -> None:
 
 def test_started_by_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713"]
-    code, output = launch(torchrun, tmp_path, "emulator", "auto", "2")
+    code, output = launch(tmp_path, "emulator", "auto", "2", command=torchrun)
     assert code == 0, output
     check(results(tmp_path))
 
 
 def test_an_error_on_one_rank_ends_all_ranks_with_that_error(tmp_path: Path) -> None:
-    code, output = launch([sys.executable], tmp_path, "emulator", "auto", "2", "fault")
+    code, output = launch(tmp_path, "emulator", "auto", "2", "fault")
     assert code != 0
     assert "ValueError: rank 1 fails" in output
     assert not (tmp_path / "1.json").exists()

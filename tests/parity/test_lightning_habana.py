@@ -8,8 +8,6 @@ import importlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,13 +27,10 @@ from packaging.version import Version
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
-from tests.helpers import ALL_OFF, Net, assert_equal, predict, rows, trainer
-from tests.parity.test_devices import ROOT, check, results
+from tests.helpers import ALL_OFF, Net, assert_equal, launch, predict, rows, trainer
+from tests.parity.test_devices import check, results
 
 LIGHTNING = Version(lightning.__version__)
-# The one at hand, with lightning-habana beside it; PYTHONPATH may be relative to another folder than the script's.
-LIGHTNING_FOLDER = str(Path(lightning.__file__).parents[1])
-SCRIPT = Path(__file__).with_name("predict_with_habana.py")
 SYNAPSE = "1.20.0"
 
 if Version("2.5.6") <= LIGHTNING:
@@ -268,29 +263,9 @@ def test_an_accelerator_in_both_places_is_refused(habana: Any) -> None:
 # Its strategies for several devices
 
 
-def launch(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run the script; returns exit code and output. Its whole process group is ended if it hangs."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_"))}
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), LIGHTNING_FOLDER])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=folder,
-    )
-    try:
-        output, _ = process.communicate(timeout=110)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
-
-
 @pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
 def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) -> None:
-    code, output = launch(tmp_path, strategy, "2")
+    code, output = launch(tmp_path, "emulator", strategy, "2")
     assert code == 0, output
     ranks = results(tmp_path)
     check(ranks)
@@ -302,7 +277,7 @@ def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
 def test_strategy_for_several_devices_on_one(strategy: str, tmp_path: Path) -> None:
-    code, output = launch(tmp_path, strategy, "1")
+    code, output = launch(tmp_path, "emulator", strategy, "1")
     assert code == 0, output
     (only,) = results(tmp_path)
     assert (only["strategy"], only["root_device"]) == (strategy, "hpu")
