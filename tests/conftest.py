@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from lightning_hpu_infer import emulator
+from tests.helpers import installed
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +28,8 @@ def _surroundings() -> tuple[set[str], dict[str, str], bool]:
 @pytest.fixture
 def emulated() -> Iterator[None]:
     """The emulated HPU with its default settings, counters at zero."""
-    emulator.install()
-    emulator.reset_stats()
-    try:
+    with installed():
         yield
-    finally:
-        emulator.uninstall()
 
 
 @pytest.fixture(params=["cpu", "emulator"])

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hpu_infer import HPUInferenceAccelerator
+from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 ALL_OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 
@@ -71,6 +72,16 @@ def trainer(accelerator: Any, callbacks: Sequence[Callback] = (), **kwargs: Any)
 
 def predict(accelerator: Any, module: LightningModule, loaders: Any, **kwargs: Any) -> Any:
     return trainer(accelerator, **kwargs).predict(module, loaders)
+
+
+@contextmanager
+def installed(**settings: Any) -> Iterator[None]:
+    """The emulated HPU with these settings, counters at zero."""
+    emulator.install(emulator.EmulatorConfig(**settings))
+    try:
+        yield
+    finally:
+        emulator.uninstall()
 
 
 def launch(folder: Path, *arguments: str, command: Sequence[str] = (sys.executable,)) -> tuple[int, str]:

@@ -4,24 +4,14 @@ import dataclasses
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_hpu_infer import emulator
-from lightning_hpu_infer.emulator import EmulatorConfig
-
-
-@contextmanager
-def _installed(**settings: Any) -> Iterator[None]:
-    emulator.install(EmulatorConfig(**settings))
-    try:
-        yield
-    finally:
-        emulator.uninstall()
+from tests.helpers import installed
 
 
 def _graphed(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,7 +69,7 @@ def test_everything_is_freed(emulated: None) -> None:
 
 
 def test_ops_without_a_device_kernel() -> None:
-    with _installed(cpu_fallback_ops=frozenset({"aten::cumsum"})):
+    with installed(cpu_fallback_ops=frozenset({"aten::cumsum"})):
         from habana_frameworks.torch.hpu.metrics import metric_global, metric_localcontext
 
         x = torch.ones(3).to("hpu")
@@ -93,7 +83,7 @@ def test_ops_without_a_device_kernel() -> None:
 
 
 def test_program_time_is_a_lower_bound_and_the_host_does_not_wait_for_it() -> None:
-    with _installed(program_ms=20):
+    with installed(program_ms=20):
         x = torch.ones(2).to("hpu")
         start = time.perf_counter()
         for _ in range(5):
@@ -108,7 +98,7 @@ def test_program_time_is_a_lower_bound_and_the_host_does_not_wait_for_it() -> No
 
 
 def test_a_new_program_compiles_once() -> None:
-    with _installed(compile_ms=50):
+    with installed(compile_ms=50):
         from habana_frameworks.torch.hpu.metrics import metric_global
 
         x = torch.ones(2).to("hpu")
@@ -122,7 +112,7 @@ def test_a_new_program_compiles_once() -> None:
 
 
 def test_launch_time_is_the_callers() -> None:
-    with _installed(launch_us=20_000):
+    with installed(launch_us=20_000):
         x = torch.ones(2).to("hpu") + 1
         start = time.perf_counter()
         _mark_step()
@@ -131,7 +121,7 @@ def test_launch_time_is_the_callers() -> None:
 
 
 def test_copies_take_their_bandwidth() -> None:
-    with _installed(h2d_gbps=0.1, d2h_gbps=0.1):
+    with installed(h2d_gbps=0.1, d2h_gbps=0.1):
         start = time.perf_counter()
         x = torch.ones(1 << 20).to("hpu")
         middle = time.perf_counter()
@@ -141,7 +131,7 @@ def test_copies_take_their_bandwidth() -> None:
 
 
 def test_copies_and_programs_overlap() -> None:
-    with _installed():
+    with installed():
         x = torch.ones(2).to("hpu")
         source = torch.ones(1000).pin_memory("hpu")
         with emulator.paused("compute"):
@@ -153,7 +143,7 @@ def test_copies_and_programs_overlap() -> None:
 
 
 def test_waiting_leaves_the_interpreter_to_others() -> None:
-    with _installed(program_ms=1000):  # long beside what the other thread needs, however busy the machine
+    with installed(program_ms=1000):  # long beside what the other thread needs, however busy the machine
         x = torch.ones(2).to("hpu") + 1
         ticks: list[float] = []
 
@@ -179,7 +169,7 @@ def test_idle_time_is_the_gap_between_programs(emulated: None) -> None:
 
 
 def test_a_program_that_only_moves_memory_does_not_take_a_networks_time() -> None:
-    with _installed(program_ms=500):
+    with installed(program_ms=500):
         x = torch.ones(4).to("hpu")
         for move in (torch.clone, lambda x: x.to(torch.bfloat16), lambda x: torch.empty(4, device="hpu").copy_(x)):
             move(x).cpu()
@@ -194,7 +184,7 @@ def test_a_new_pinned_block_at_the_address_of_a_dead_one_stays_pinned() -> None:
     """Its finalizer runs after the memory was freed, when another thread may have got the same address."""
     from lightning_hpu_infer.emulator import pinned
 
-    with _installed():
+    with installed():
         blocks = [torch.ones(8).pin_memory("hpu") for _ in range(2)]
         address = blocks[0].data_ptr()
         dead, pinned._blocks[address] = pinned._blocks[address], object()

@@ -2,24 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_hpu_infer import emulator
-from lightning_hpu_infer.emulator import DeviceSpan, EmulatorConfig
-
-
-@contextmanager
-def _installed(**settings: Any) -> Iterator[None]:
-    emulator.install(EmulatorConfig(**settings))
-    try:
-        yield
-    finally:
-        emulator.uninstall()
+from lightning_hpu_infer.emulator import DeviceSpan
+from tests.helpers import installed
 
 
 def _batches() -> None:
@@ -39,7 +29,7 @@ def _of(spans: list[DeviceSpan], kind: str, queue: str | None = None) -> list[De
 
 
 def test_counts_and_bytes_are_those_of_the_counters() -> None:
-    with _installed(compile_ms=2):
+    with installed(compile_ms=2):
         emulator.start_timeline()
         _batches()
         spans = emulator.stop_timeline()
@@ -61,7 +51,7 @@ def test_counts_and_bytes_are_those_of_the_counters() -> None:
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_order(lazy: bool) -> None:
-    with _installed(lazy=lazy):
+    with installed(lazy=lazy):
         emulator.start_timeline()
         (torch.ones(4).to("hpu") * 2).cpu()
         spans = emulator.stop_timeline()
@@ -72,7 +62,7 @@ def test_order(lazy: bool) -> None:
 
 
 def test_spans_of_a_queue_do_not_overlap() -> None:
-    with _installed(compile_ms=1, program_ms=2, h2d_gbps=0.1, d2h_gbps=0.1):
+    with installed(compile_ms=1, program_ms=2, h2d_gbps=0.1, d2h_gbps=0.1):
         emulator.start_timeline()
         _batches()
         spans = emulator.stop_timeline()
@@ -83,7 +73,7 @@ def test_spans_of_a_queue_do_not_overlap() -> None:
 
 
 def test_a_compile_is_a_span_of_its_own_before_its_program() -> None:
-    with _installed(compile_ms=30, program_ms=20):
+    with installed(compile_ms=30, program_ms=20):
         x = torch.ones(2).to("hpu")
         emulator.start_timeline()
         for _ in range(2):
@@ -103,7 +93,7 @@ def test_a_program_that_only_moves_memory_is_work_too(emulated: None) -> None:
 
 
 def test_a_copy_takes_its_bandwidth() -> None:
-    with _installed(h2d_gbps=0.1):
+    with installed(h2d_gbps=0.1):
         emulator.start_timeline()
         torch.ones(1 << 20).to("hpu")
         (copy,) = emulator.stop_timeline()
