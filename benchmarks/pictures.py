@@ -6,7 +6,6 @@ Short sentences in small batches, as in Intel's guide: there a batch costs the h
 all runs are compared first.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -16,15 +15,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import about
+from benchmarks.common import BARE, OFF, console, finish, parser, quiet
 from examples.embed_sentences import SentenceEmbedder, loader_of, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.report import Report
 
-OFF = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 STEPS: dict[str, dict[str, Any]] = {
     "1-stock-order": OFF,
     "2-graphs": OFF | {"hpu_graphs": True},
@@ -34,12 +31,12 @@ STEPS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs/images"))
-    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    arguments = parser(__doc__)
+    arguments.add_argument("--folder", type=Path, default=Path("docs/images"))
     for name, default in (("sentences", 160), ("batch-size", 4), ("length", 24)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+        arguments.add_argument(f"--{name}", type=int, default=default)
+    options = arguments.parse_args()
+    quiet()
     options.folder.mkdir(parents=True, exist_ok=True)
     # One thread computes, as one device would: the other core is the host's.
     torch.set_num_threads(1)
@@ -50,11 +47,12 @@ def main() -> None:
         "run", "batches/s", "device busy", "verdict", "next", title="emulated HPU (figures are not a Gaudi's)"
     )
     expected: Any = None
-    found: dict[str, Any] = about(emulated=True)
+    found: dict[str, Any] = {}
     for name, flags in STEPS.items():
         with tempfile.TemporaryDirectory() as folder:
             accelerator = HPUInferenceAccelerator(trace=folder, **flags)
-            trainer = Trainer(accelerator=accelerator, logger=False, enable_checkpointing=False)
+            # With the bar, as in most users' runs.
+            trainer = Trainer(accelerator=accelerator, **BARE | {"enable_progress_bar": True})
             predictions: Any = trainer.predict(model, loader)
             expected = expected or predictions
             torch.testing.assert_close(predictions, expected, rtol=1e-3, atol=1e-4)
@@ -63,9 +61,9 @@ def main() -> None:
         report = accelerator.report
         found[name] = json.loads(report.to_json())
         table.add_row(name, f"{report.throughput:.1f}", f"{report.efficiency:.0%}", report.verdict.value, report.advice)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
-    Console(width=140).print(table)
+    output = console()
+    output.print(table)
+    finish(output, options, "hpu", reports=found)
 
 
 if __name__ == "__main__":
