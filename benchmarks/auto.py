@@ -1,84 +1,94 @@
 """Depths that `pipelining="auto"` chooses against fixed ones, in the mixes of `benchmarks/bound.py`. All emulated.
 
-    python -m benchmarks.auto [--batches 320] [--scale 1] [--json FILE]
+    python -m benchmarks.auto [--batches 400] [--scale 1] [--mix MIX ...] [--json FILE]
 
-What is shown is the steady state: the time between the ends of the last batches, when "auto" has made its choice. All
-arms copy outputs without waiting (`async_output=True`). Predictions of all arms are compared.
+What is shown is the steady state: the time between the ends of as many batches in every arm, without those that fill
+and drain the pipeline. Those of "auto" come at the end of its run, when it has made its choice. All arms copy outputs
+without waiting (`async_output=True`). Predictions of all arms are compared.
 """
 
-import argparse
-import json
 import statistics
 from typing import Any
 
-import torch
-from rich.console import Console
+from lightning.pytorch import Callback, Trainer
 from rich.table import Table
 
-from benchmarks.bound import FLOATS, MIXES, Mix, lightnings
-from benchmarks.environment import about
-from lightning_hpu_infer import emulator
+from benchmarks.bound import Mix, device_of, lightnings, measure, mixes, parser_of_mixes, steady_ms
+from benchmarks.common import console, finish, quiet
+from lightning_hpu_infer.tuning import Depths, DepthTuner
 
-FIXED = {"2/1": (2, 1), "2/2": (2, 2), "4/4": (4, 4), "8/8": (8, 8)}
-LAST = 64
+FIXED = [Depths(2, 1), Depths(2, 2), Depths(4, 4), Depths(8, 8)]
+WINDOW = 64
 """Batches that count."""
+NEAR = 1.03
+"""Times the best fixed arm's time: what "auto" may take."""
 
 
-def install(mix: Mix) -> None:
-    """An emulated device on which a batch takes these times."""
-    emulator.uninstall()
-    gigabytes = 4 * FLOATS / 1e9
-    emulator.install(
-        emulator.EmulatorConfig(
-            program_ms=mix.compute,
-            h2d_gbps=1e3 * gigabytes / mix.copy_in,
-            d2h_gbps=1e3 * gigabytes / mix.copy_out,
-        )
-    )
+def drain(depths: Depths) -> int:
+    """Batches that are left when the last one was prepared: those ready, those in flight, and the newest."""
+    return depths.prefetch + depths.in_flight + 1
 
 
-def steady_ms(ends: list[float]) -> float:
-    """Milliseconds per batch over the last ones, without the two that only drain."""
-    return 1e3 * (ends[-3] - ends[-LAST]) / (LAST - 3)
+DRAIN = drain(max(FIXED))
+FILL = 3 + 2 * DRAIN
+"""The first three capture. What piles up meanwhile, at most as much as is drained at the end, is gone after twice as
+many batches: other stages take at most half of the longest one's time, or all of it."""
+
+
+class Choice(Callback):
+    """Notes the tuner, and its depths at each batch's end."""
+
+    tuner: DepthTuner
+
+    def __init__(self) -> None:
+        self.depths: list[Depths] = []
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        loop: Any = trainer.predict_loop
+        self.tuner = loop._tuner
+        self.depths.append(self.tuner.depths)
+
+
+def compare(mix: Mix, batches: int) -> dict[str, Any]:
+    """Milliseconds per batch of every arm in one mix, and what "auto" ended with."""
+    times = {}
+    with device_of(mix):
+        for depths in FIXED:
+            run = lightnings({**depths._asdict(), "async_output": True})
+            times["{}/{}".format(*depths)] = steady_ms(measure(run, mix, FILL + WINDOW + DRAIN), FILL, DRAIN)
+        best, choice = min(times.values()), Choice()
+        ends = measure(lightnings({"pipelining": "auto", "async_output": True}, [choice]), mix, batches)
+    depths = choice.tuner.depths
+    stop = batches - drain(depths)
+    times["auto"] = steady_ms(ends, stop - WINDOW, drain(depths))
+    settled = len(set(choice.depths[stop - WINDOW - FILL : stop])) == 1
+    found = {"stages": mix._asdict(), "ms": times, "of_best": times["auto"] / best}
+    return found | {"ended": depths._asdict(), "settled": settled, "log": choice.tuner.summary()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=320)
-    parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--json", help="write the figures to this file")
-    options = parser.parse_args()
-    table = Table("mix", "longest", *FIXED, "auto", "auto / best fixed", title="emulated HPU: ms per batch")
-    found: dict[str, Any] = {}
-    for name, mix in MIXES.items():
-        scaled = Mix(*(options.scale * each for each in mix))
-        install(scaled)
-        figures: dict[str, float] = {}
-        expected: Any = None
-        for arm, (prefetch, in_flight) in FIXED.items():
-            run = lightnings({"prefetch": prefetch, "in_flight": in_flight, "async_output": True})
-            _, ends = run(scaled, LAST + 36)
-            figures[arm] = steady_ms(ends)
-        for flags in ({"async_output": True}, {"async_output": True, "pipelining": "auto"}):
-            batches = options.batches if "pipelining" in flags else LAST
-            predictions, ends = lightnings(flags)(scaled, batches)
-            expected = expected or predictions
-            torch.testing.assert_close(predictions[:LAST], expected[:LAST])
-        figures["auto"] = steady_ms(ends)
-        found[name] = figures
-        # What a backlog seems to gain below the longest stage is no steady state.
-        best = max(max(scaled), min(figures[arm] for arm in FIXED))
-        figures["best"] = best
-        cells = [f"{figures[arm]:.1f}" for arm in (*FIXED, "auto")]
-        table.add_row(name, f"{max(scaled):g}", *cells, f"{figures['auto'] / best:.2f}")
-    emulator.uninstall()
-    Console(width=120).print(table)
-    ratios = [figures["auto"] / figures["best"] for figures in found.values()]
-    Console().print(f"auto / best fixed: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}")
-    Console().print("predictions of all arms are equal")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(about(emulated=True) | {"options": vars(options), "ms_per_batch": found}, file, indent=1)
+    arguments = parser_of_mixes(__doc__, scale=1)
+    arguments.add_argument("--batches", type=int, default=400, help=f'of "auto"; the last {WINDOW} or so count')
+    options = arguments.parse_args()
+    if options.batches < (least := FILL + WINDOW + DRAIN):
+        arguments.error(f"--batches: at least {least}, got {options.batches}")
+    quiet()
+    output = console()
+    table = Table("mix", "longest", title="emulated HPU: ms per batch (prefetch/in_flight)")
+    for column in (*("{}/{}".format(*depths) for depths in FIXED), "auto", "auto / best fixed", "auto ended with"):
+        table.add_column(column)
+    found = {}
+    for name, mix in mixes(options).items():
+        found[name] = figures = compare(mix, options.batches)
+        ended = "{prefetch}/{in_flight}".format(**figures["ended"]) + ("" if figures["settled"] else ", still trying")
+        times = [f"{each:.1f}" for each in figures["ms"].values()]
+        table.add_row(name, f"{max(mix):g}", *times, f"{figures['of_best']:.3f}", ended)
+    output.print(table)
+    ratios = [figures["of_best"] for figures in found.values()]
+    near = sum(ratio <= NEAR for ratio in ratios)
+    output.print(f"auto is within {NEAR - 1:.0%} of the best fixed setting in {near} of {len(ratios)} mixes")
+    output.print(f"auto / best fixed: median {statistics.median(ratios):.3f}, worst {max(ratios):.3f}")
+    finish(output, options, "hpu", results=found)
 
 
 if __name__ == "__main__":
