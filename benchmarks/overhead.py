@@ -35,10 +35,15 @@ from lightning_hpu_infer.tracing import TracedRun
 WIDTH = 8
 FLAGS: dict[str, dict[str, Any]] = {
     "all flags off": OFF,
+    "graphs only": OFF | {"hpu_graphs": True},
+    "async_copy only": OFF | {"async_copy": True},
     "pipelining only": OFF | {"pipelining": True},
     "defaults": {},
+    "prefetch=2": {"prefetch": 2},
     "prefetch=0": {"prefetch": 0},
 }
+SAME = {"cpu": {"graphs only", "async_copy only", "prefetch=0"}, "hpu": {"prefetch=2"}}
+"""Flags that are the same as others on a device: the CPU has no graphs and no copies, and does not prefetch unasked."""
 TARGETS = {"no callbacks": 1 / 3, "5 callbacks": 1 / 2, "tqdm bar": 1.0}
 """How much of what stock Lightning costs above the plain loop we allow ourselves."""
 TRACED = 0.05
@@ -162,6 +167,10 @@ class Arm(NamedTuple):
     run: Run
 
 
+def names_of(device: str) -> list[str]:
+    return [name for name in FLAGS if name not in SAME[device]]
+
+
 def arms(device: str) -> list[Arm]:
     stock: Callable[[], Any] = StockOnHPU if device == "hpu" else lambda: "cpu"
     groups: dict[str, Callable[[], list[Callback]]] = {
@@ -174,7 +183,8 @@ def arms(device: str) -> list[Arm]:
         groups = {"no callbacks": list}
     for group, callbacks in groups.items():
         found.append(Arm(group, "stock", lightnings(stock, callbacks)))
-        for name, flags in FLAGS.items():
+        for name in names_of(device):
+            flags = FLAGS[name]
             found.append(Arm(group, name, lightnings(partial(HPUInferenceAccelerator, **flags), callbacks)))
     return found
 
@@ -240,7 +250,7 @@ def show(results: list[Result], output: Console) -> None:
                 verdict = "" if device == "hpu" else f"{target:.2f} {'met' if part <= target else 'missed'}"
                 row += [f"{part:.2f}", verdict]
             name = result.name if result.group == "by hand" else f"{result.group}: {result.name}"
-            table.add_row(name, *row, end_section=result.name == list(FLAGS)[-1])
+            table.add_row(name, *row, end_section=result.name == names_of(device)[-1])
         output.print(table)
 
 
@@ -281,7 +291,7 @@ def growth(output: Console, lengths: tuple[int, ...] = (100, 1_000, 20_000)) -> 
     found = []
     table = Table("arm", "batches", "us/batch (least of 3)", "MiB gained", title="CPU, growth with the run's length")
     makers: dict[str, Callable[[], Any]] = {"stock": lambda: "cpu"}
-    makers |= {name: partial(HPUInferenceAccelerator, **flags) for name, flags in FLAGS.items()}
+    makers |= {name: partial(HPUInferenceAccelerator, **FLAGS[name]) for name in names_of("cpu")}
     for name, make in makers.items():
         for batches in lengths:
             micros, gained = [], []
@@ -333,20 +343,21 @@ def plot(results: list[Result], path: Path) -> None:
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (device, source) in zip(axes[0], panels, strict=True):
         here = [result for result in results if (result.device, result.source) == (device, source)]
-        names = ["stock", *FLAGS]
+        names = ["stock", *names_of(device)]
+        width = 0.85 / len(names)
         for offset, name in enumerate(names):
             of_name = [result for result in here if result.name == name]
             spans = [statistics.quantiles(result.above(here[0]), n=4) for result in of_name]
             middles = [middle for _, middle, _ in spans]
             errors = [[middle - low for low, middle, _ in spans], [high - middle for _, middle, high in spans]]
-            at = [place + (offset - 2) * 0.17 for place in range(len(of_name))]
-            color = "0.6" if name == "stock" else f"C{offset - 1}"
-            axis.bar(at, middles, 0.16, yerr=errors, label=name, color=color, error_kw={"lw": 0.8})
+            at = [place + (offset - (len(names) - 1) / 2) * width for place in range(len(of_name))]
+            color = "0.6" if name == "stock" else f"C{list(FLAGS).index(name)}"
+            axis.bar(at, middles, width, yerr=errors, label=name, color=color, error_kw={"lw": 0.8})
         axis.set_xticks(range(len(of_name)), [result.group for result in of_name])
         axis.set_title(f"{'emulated HPU' if device == 'hpu' else 'CPU'}, {source}", fontsize=10)
         axis.set_ylabel("µs per batch above a plain loop")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path, dpi=120)
 
 
