@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from lightning_hpu_infer import emulator
-from tests.helpers import installed
+from lightning_hpu_infer.emulator import copies, engine, runtime, streams
+from tests.helpers import Clock, installed
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,15 @@ def emulated() -> Iterator[None]:
     """The emulated HPU with its default settings, counters at zero."""
     with installed():
         yield
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock of the test's own, for an emulator that is installed afterwards."""
+    clock = Clock()
+    for module in (copies, engine, runtime, streams):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
 
 
 @pytest.fixture(params=["cpu", "emulator"])

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +84,24 @@ def installed(**settings: Any) -> Iterator[None]:
         yield
     finally:
         emulator.uninstall()
+
+
+class Clock:
+    """What the emulator takes for `time` in tests with the fixture `clock`: only sleeps move it, and take no time."""
+
+    def __init__(self) -> None:
+        self.now = 1.0
+        self.slept: dict[str, float] = defaultdict(float)
+        """Seconds per thread; those of the emulator have the names of their queues."""
+        self._lock = threading.Lock()
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self._lock:
+            self.now += seconds
+            self.slept[threading.current_thread().name.removeprefix("hpu-emulator-")] += seconds
 
 
 def launch(folder: Path, *arguments: str, command: Sequence[str] = (sys.executable,)) -> tuple[int, str]:

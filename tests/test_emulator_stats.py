@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from lightning_hpu_infer import emulator
-from tests.helpers import installed
+from lightning_hpu_infer.emulator.engine import Task
+from tests.helpers import Clock, installed
 
 
 def _graphed(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,22 +82,20 @@ def test_ops_without_a_device_kernel() -> None:
             _graphed(lambda y: y.cumsum(0))(x)
 
 
-def test_program_time_is_a_lower_bound_and_the_host_does_not_wait_for_it() -> None:
+def test_a_program_takes_its_time_and_the_host_does_not_wait_for_it(clock: Clock) -> None:
     with installed(program_ms=20):
         x = torch.ones(2).to("hpu")
-        start = time.perf_counter()
-        for _ in range(5):
-            x = x + 1
-            _mark_step()
-        launched = time.perf_counter() - start
+        with emulator.paused("compute"):
+            for _ in range(5):
+                x = x + 1
+                _mark_step()
+            assert emulator.stats().programs == 0
         x.cpu()
-        finished = time.perf_counter() - start
-        assert finished >= 0.1
-        assert launched < finished / 2
-        assert emulator.stats().busy_s >= 0.1
+        assert clock.slept == {"compute": pytest.approx(0.1)}
+        assert emulator.stats().busy_s == pytest.approx(0.1)
 
 
-def test_a_new_program_compiles_once() -> None:
+def test_a_new_program_compiles_once(clock: Clock) -> None:
     with installed(compile_ms=50):
         from habana_frameworks.torch.hpu.metrics import metric_global
 
@@ -108,26 +106,24 @@ def test_a_new_program_compiles_once() -> None:
         assert dict(metric_global("graph_compilation").stats())["TotalNumber"] == 1
         (torch.ones(3).to("hpu") + 1).cpu()
         assert emulator.stats().compiles == 2
-        assert emulator.stats().busy_s >= 0.1
+        assert clock.slept == {"compute": pytest.approx(0.1)}
+        assert emulator.stats().busy_s == pytest.approx(0.1)
 
 
-def test_launch_time_is_the_callers() -> None:
+def test_launch_time_is_the_callers(clock: Clock) -> None:
     with installed(launch_us=20_000):
         x = torch.ones(2).to("hpu") + 1
-        start = time.perf_counter()
         _mark_step()
-        assert time.perf_counter() - start >= 0.02
+        assert clock.slept == {threading.current_thread().name: pytest.approx(0.02)}
         assert x.tolist() == [2.0, 2.0]
 
 
-def test_copies_take_their_bandwidth() -> None:
-    with installed(h2d_gbps=0.1, d2h_gbps=0.1):
-        start = time.perf_counter()
-        x = torch.ones(1 << 20).to("hpu")
-        middle = time.perf_counter()
+def test_copies_take_their_bandwidth(clock: Clock) -> None:
+    with installed(h2d_gbps=0.1, d2h_gbps=0.2):
+        x = torch.ones(1000).to("hpu")
+        assert clock.slept == {"h2d": pytest.approx(4e-5)}
         x.cpu()
-        assert middle - start >= 0.04
-        assert time.perf_counter() - middle >= 0.04
+        assert clock.slept == {"h2d": pytest.approx(4e-5), "d2h": pytest.approx(2e-5)}
 
 
 def test_copies_and_programs_overlap() -> None:
@@ -142,42 +138,49 @@ def test_copies_and_programs_overlap() -> None:
         assert torch.equal(y.cpu(), torch.full((2,), 2.0))
 
 
-def test_waiting_leaves_the_interpreter_to_others() -> None:
-    with installed(program_ms=1000):  # long beside what the other thread needs, however busy the machine
+def test_waiting_leaves_the_interpreter_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, waits, wait = threading.current_thread(), threading.Event(), Task.wait
+
+    def announced(task: Task) -> None:
+        if threading.current_thread() is host:
+            waits.set()
+        wait(task)
+
+    with installed():
         x = torch.ones(2).to("hpu") + 1
-        ticks: list[float] = []
+        monkeypatch.setattr(Task, "wait", announced)
+        held = emulator.paused("compute")
+        held.__enter__()
 
-        def tick() -> None:
-            for _ in range(5):
-                time.sleep(0.01)
-                ticks.append(time.perf_counter())
+        def let_go() -> None:
+            assert waits.wait(20)
+            held.__exit__(None, None, None)
 
-        thread = threading.Thread(target=tick)
-        thread.start()
-        x.cpu()
-        assert len(ticks) == 5
-        thread.join()
-
-
-def test_idle_time_is_the_gap_between_programs(emulated: None) -> None:
-    x = torch.ones(2).to("hpu")
-    (x + 1).cpu()
-    time.sleep(0.05)
-    (x + 1).cpu()
-    assert emulator.stats().idle_s >= 0.05
-    assert emulator.stats().blocking_waits >= 1
+        other = threading.Thread(target=let_go)
+        other.start()
+        assert x.tolist() == [2.0, 2.0]  # Would never end if it kept the other thread from running.
+        other.join()
 
 
-def test_a_program_that_only_moves_memory_does_not_take_a_networks_time() -> None:
+def test_idle_time_is_the_gap_between_programs(clock: Clock) -> None:
+    with installed(program_ms=20):
+        x = torch.ones(2).to("hpu")
+        (x + 1).cpu()
+        clock.now += 0.05
+        (x + 1).cpu()
+        assert emulator.stats().idle_s == pytest.approx(0.05)
+        assert emulator.stats().blocking_waits == 3
+
+
+def test_a_program_that_only_moves_memory_does_not_take_a_networks_time(clock: Clock) -> None:
     with installed(program_ms=500):
         x = torch.ones(4).to("hpu")
         for move in (torch.clone, lambda x: x.to(torch.bfloat16), lambda x: torch.empty(4, device="hpu").copy_(x)):
             move(x).cpu()
         assert emulator.stats().programs == 3
-        # Three times a network's time would be 1.5 s.
-        assert emulator.stats().busy_s < 0.5
+        assert clock.slept == {}
         (x + 1).cpu()
-        assert emulator.stats().busy_s >= 0.5
+        assert clock.slept == {"compute": pytest.approx(0.5)}
 
 
 def test_a_new_pinned_block_at_the_address_of_a_dead_one_stays_pinned() -> None:
