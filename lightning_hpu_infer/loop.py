@@ -203,7 +203,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     @contextmanager
     def _recorded(self) -> Iterator[None]:
         """Record the run, and write what limited it."""
-        with TracedRun(self.config, self.trainer.strategy.root_device) as traced:
+        with TracedRun(self.config, self.trainer) as traced:
             self._trace = traced.trace
             self._pinned = self._copies = 0
             try:
@@ -217,7 +217,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
                 rank_zero_warn(f"The trace of this run could not be written to {self.config.trace}: {error!r}")
 
     def _report(self, traced: TracedRun) -> None:
-        report = traced.finish(self._counters(), self._tuner.summary() if self._tuner is not None else ())
+        report = traced.finish(self._counters(), self._tuner)
         if report is not None:
             self.trainer.accelerator.report = report
             ranks = self.trainer.world_size

@@ -1,13 +1,12 @@
 """A traced run: from the first span to the files that show where its time went."""
 
 from bisect import bisect
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana, chrome
@@ -15,6 +14,7 @@ from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.report import Counters, Report
 from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
+from lightning_hpu_infer.tuning import DepthTuner
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
 _STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
@@ -28,13 +28,13 @@ class TracedRun:
 
     Args:
         config: The flags of the run.
-        device: Where it runs.
+        trainer: Whose run it is.
     """
 
-    def __init__(self, config: InferenceConfig, device: torch.device) -> None:
+    def __init__(self, config: InferenceConfig, trainer: Trainer) -> None:
         self.trace = Trace()
         self._config = config
-        self._on_hpu = device.type == _habana.DEVICE_TYPE
+        self._on_hpu = trainer.strategy.root_device.type == _habana.DEVICE_TYPE
         self.spans: list[Span] = []
 
     def __enter__(self) -> "TracedRun":
@@ -46,8 +46,9 @@ class TracedRun:
         if self._on_hpu:
             _habana.stop_timeline()
 
-    def finish(self, counters: Counters, tuning: Sequence[str]) -> Report | None:
+    def finish(self, counters: Counters, tuner: DepthTuner | None) -> Report | None:
         """End the recording and judge the run. None if there was no batch."""
+        tuning = tuner.summary() if tuner is not None else ()
         self.spans = self.trace.spans()
         launched = {span.batch for span in self.spans if span.stage == Stage.LAUNCH}
         # The fetch that finds the end of the data, say, is for no batch.
