@@ -142,6 +142,34 @@ def test_an_output_that_cannot_be_split_is_refused_at_the_first_batch() -> None:
     assert len(module.padded) <= 2  # one more was in flight
 
 
+class Stops(Mean):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        if batch_idx == self.at:
+            raise StopIteration
+        return super().predict_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_stop_iteration_of_a_step_is_an_error_since_the_predictions_so_far_cannot_be_put_in_order(
+    pipelining: bool,
+) -> None:
+    assert len(predict("cpu", Stops(3), loader())) == 3
+    ours = trainer(HPUInferenceAccelerator(group_by_length="words", pipelining=pipelining))
+    with pytest.raises(ValueError, match=r"11 of 23 samples have no prediction, such as \[0, 1, 3, 6, 8\]"):
+        ours.predict(Stops(3), loader())
+    assert_equal(ours.predict(Mean(), loader()), predict("cpu", Mean(), loader()))
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_stop_iteration_of_a_first_step_ends_the_run_quietly(pipelining: bool) -> None:
+    accelerator = HPUInferenceAccelerator(group_by_length="words", pipelining=pipelining)
+    assert predict(accelerator, Stops(0), loader()) == predict("cpu", Stops(0), loader()) == []
+
+
 class Endless(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Any:
         return (Sentences()[i] for i in range(4))
