@@ -178,7 +178,7 @@ class _Padded:
     """A short batch in a larger graph: its last row is repeated, and the outputs are cut."""
 
     def __init__(self, graph: _Entry, small: GraphKey, large: GraphKey, rows: tuple[int, int]) -> None:
-        self.graph = graph
+        self.graph, self.key = graph, large
         self._given, self._captured = rows
         self._places = [
             i for i, (one, other) in enumerate(zip(small.leaves, large.leaves, strict=True)) if one != other
@@ -321,7 +321,7 @@ class GraphedForward:
     def _entry(self, key: GraphKey) -> _Entry | None:
         entry = self._entries.get(key)
         if entry is not None:
-            self._entries.move_to_end(key)
+            self._use(key, entry)
         if self._config.pad_batch and (entry is None or (not entry.captured and entry.run and entry.may_pad)):
             larger = [
                 (rows, other, graph)
@@ -459,8 +459,15 @@ class GraphedForward:
             if isinstance(entry.run, _Padded) and entry.run.graph is gone:
                 del self._entries[other]
 
+    def _use(self, key: GraphKey, entry: _Entry) -> None:
+        """Make a key the most recently used, with that of the graph that its padding rests on."""
+        if isinstance(entry.run, _Padded):
+            self._entries.move_to_end(entry.run.key)
+        self._entries.move_to_end(key)
+
     def _remember(self, key: GraphKey, entry: _Entry) -> None:
         self._entries[key] = entry
+        self._use(key, entry)
         if len(self._entries) > _MAX_KEYS:
             oldest = next(iter(self._entries))
             self.counts.evictions += self._entries[oldest].holds_graph

@@ -119,6 +119,17 @@ def test_padding_goes_with_its_graph() -> None:
     assert with_eviction.captures == 2
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [(4, 4, 4, 3, 8, 8, 3, 16, 16, 4), (4, 4, 4, 8, 8, 3, 2, 16, 16, 4)],
+    ids=["by a size that was padded before", "by new sizes"],
+)
+def test_a_graph_that_short_batches_use_is_in_use(sizes: tuple[int, ...]) -> None:
+    """The third graph drops the second one, and the first is still there for a batch of its own size."""
+    _, counts = run(lambda linear, x: linear(x), *sizes, max_graphs=2, verify_graphs=0)
+    assert (counts.captures, counts.evictions, counts.padded) == (3, 1, 2)
+
+
 def test_the_first_output_may_be_kept() -> None:
     kept: list[Tensor] = []
 
