@@ -83,7 +83,7 @@ class InferenceConfig:
     sample. Predictions come back in the dataset's order."""
 
     depth_memory: int = 2**30
-    """Bytes that the batches ahead and behind may take when `pipelining="auto"` deepens."""
+    """Bytes that the batches ahead, and the batches and outputs behind, may take when `pipelining="auto"` deepens."""
 
     trace: str | PathLike[str] | None = None
     """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""

@@ -60,7 +60,6 @@ class PipelinedPredictionLoop(_PredictionLoop):
     _tuner: DepthTuner | None  # likewise
     _pinned: int  # tensors of a traced run that went through pinned memory
     _copies: int  # all of its tensors
-    _blocked: float  # seconds of waiting for output since the newest launch
     trainer: Any  # Lightning sets most of the attributes read here without declaring them.
     batch_progress: Any
     _combined_loader: Any
@@ -136,8 +135,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         self.reset()
         self.on_run_start()
         depth, trace = self._depth(), self._trace
-        self._tuner, self._blocked = None, 0.0
-        if self.config.pipelining == "auto" and depth:
+        self._tuner = None
+        if self.config.pipelining == "auto":
             self._tuner = DepthTuner(Depths(depth, self.config.in_flight), self.config.depth_memory)
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, trace=trace)
         self._output_buffers = PinnedBuffers() if self.config.async_output else None
@@ -174,6 +173,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             warm = not self.config.warm_up
             began = perf_counter()
             while (item := self._next(following, in_flight)) is not None:
+                waited = perf_counter() - began
                 if not warm:
                     warm = True
                     self._warm_up(item)
@@ -182,18 +182,16 @@ class PipelinedPredictionLoop(_PredictionLoop):
                     self._drain(in_flight)
                     loader = item.dataloader_idx
                 if tuner is not None:
-                    waited, nbytes = perf_counter() - began, size_of(item.batch)
-                    depths = tuner.launched(waited=waited, blocked=self._blocked, nbytes=nbytes)
-                    self._blocked = 0.0
-                    if depths is not None:
-                        prepared.deepen(depths.prefetch)
-                        in_flight.depth = depths.in_flight
+                    tuner.launched(waited=waited, nbytes=size_of(item.batch))
                 try:
                     in_flight.launch(item)
                 except StopIteration:
                     break
                 while in_flight.overdue:
                     self._retire(in_flight)
+                if tuner is not None:
+                    prepared.deepen(tuner.depths.prefetch)
+                    in_flight.depth = tuner.depths.in_flight
                 began = perf_counter()
             self._drain(in_flight)
         finally:
@@ -352,7 +350,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
         """Wait for the oldest batch's output and finish the batch."""
         began = perf_counter()
         item, output = in_flight.retire()
-        self._blocked += perf_counter() - began
+        if self._tuner is not None:
+            self._tuner.retired(blocked=perf_counter() - began, nbytes=size_of(output))
         if not self.config.defer_hooks:
             self._store(item, output)
             return

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from operator import ge
+from statistics import mean
 from typing import NamedTuple
 
 # From which share of the time waiting is worth a change (TensorFlow's profiler calls an input-bound step from there).
 _WORTH = 0.05
-# How much faster a change must be to be kept. Several small gains add up.
-_GAIN = 0.01
+# How much faster a change must be to be kept, in each of its windows than in each of those around them.
+_GAIN = 0.02
+_WINDOWS = 5
 _DEEPEST = 64
 
 
@@ -30,9 +32,12 @@ class DepthTuner:
     where one alone did not pay. What does not pay is taken back, and not tried again before something else has paid:
     where the device is the limit, the main thread waits for it at every depth.
 
+    A trial is a window of greater depths between two windows of those before, so that batches that become smaller from
+    window to window, as they do in order of length, are no gain.
+
     Args:
-        depths: Where to start.
-        budget: Bytes that the batches ahead and behind may take.
+        depths: Where to start, and the least that is used. Where no thread prefetches (`prefetch` is 0), none will.
+        budget: Bytes that the batches ahead, and the batches and outputs behind, may take at greater depths.
         window: Batches that a measurement takes.
         clock: Seconds, for tests.
     """
@@ -41,63 +46,89 @@ class DepthTuner:
         self, depths: Depths, budget: int, *, window: int = 32, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.depths = depths
+        """Those to run with now."""
         self.log: list[str] = []
         """What was tried, and what came of it."""
+        self._first = depths
         self._budget = budget
         self._window = window
         self._clock = clock
-        self._nbytes = 0
+        self._batch = self._output = 0
+        """Bytes of the largest ones."""
         self._untried = set(_MOVES)
-        self._before: tuple[Depths, float, tuple[float, float]] | None = None
-        """Depths, seconds per batch and shares of the window before a trial."""
+        self._trial: tuple[Depths, Depths] | None = None
+        """Depths before, and those that are tried."""
+        self._measured: list[float] = []
+        """Seconds per batch in the windows of a trial so far."""
         self._start_window(settle=window // 4)
 
-    def launched(self, *, waited: float, blocked: float, nbytes: int) -> Depths | None:
-        """Count a batch; returns other depths when it is time for them.
+    def launched(self, *, waited: float, nbytes: int) -> None:
+        """Note a batch on its way to the device.
 
         Args:
-            waited: Seconds that the main thread waited for the batch.
-            blocked: Seconds that it has waited for output since the batch before.
-            nbytes: Size of the batch.
+            waited: Seconds that the main thread waited for it.
+            nbytes: Its size.
         """
-        self._nbytes = max(self._nbytes, nbytes)
+        self._waited += waited
+        self._batch = max(self._batch, nbytes)
+
+    def retired(self, *, blocked: float, nbytes: int) -> None:
+        """Count a finished batch, and change `depths` when it is time to.
+
+        Args:
+            blocked: Seconds that the main thread waited for its output.
+            nbytes: Size of the output.
+        """
+        self._output = max(self._output, nbytes)
+        if self.depths != self._first and self._bytes(self.depths) > self._budget:
+            self._retreat()
         if self._settling:
             self._settling -= 1
+            self._waited = self._blocked = 0.0
             self._began = self._clock()
-            return None
+            return
         self._batches += 1
-        self._waited += waited
         self._blocked += blocked
         if self._batches < self._window:
-            return None
+            return
         seconds = self._clock() - self._began
-        return self._decide(seconds / self._batches, (self._waited / seconds, self._blocked / seconds))
+        self._change(self._decide(seconds / self._batches, (self._waited / seconds, self._blocked / seconds)))
 
     def summary(self) -> tuple[str, ...]:
         """What was tried and what it ended with, in words."""
         ends = f"prefetch {self.depths.prefetch}, in_flight {self.depths.in_flight}"
+        if not self._first.prefetch:
+            ends += ", no thread prefetches"
         return (*self.log, ends if self.log else f"{ends}: nothing was worth a change")
 
-    def _decide(self, seconds: float, shares: tuple[float, float]) -> Depths | None:
-        tried = self.depths
-        if self._before is not None:
-            depths, before, shares_before = self._before
-            took = f"{1e3 * before:.2f} ms per batch before, {1e3 * seconds:.2f} ms after"
-            if seconds < (1 - _GAIN) * before:
-                self.log.append(f"{_change(depths, tried)}: kept, {took}")
-                self._untried = set(_MOVES)
-            else:
-                self.log.append(f"{_change(depths, tried)}: taken back, {took}")
-                self.depths, seconds, shares = depths, before, shares_before
+    def _decide(self, seconds: float, shares: tuple[float, float]) -> Depths:
+        """The depths of the next window."""
+        self._measured.append(seconds)
+        if self._trial is not None:
+            before, deeper = self._trial
+            usual, tried = self._measured[::2], self._measured[1::2]
+            pays = max(tried) < (1 - _GAIN) * min(usual)
+            if pays and len(self._measured) < _WINDOWS:
+                return before if self.depths == deeper else deeper
+            self.log.append(
+                f"{_difference(before, deeper)}: {'kept' if pays else 'taken back'},"
+                f" {1e3 * mean(tried):.2f} ms per batch instead of {1e3 * mean(usual):.2f} ms"
+            )
+            if pays or self.depths == deeper:
+                # Either way the next window is at other depths than this one.
+                self._untried = set(_MOVES) if pays else self._untried
+                self._trial, self._measured = None, []
+                return deeper if pays else before
+            self._trial, self._measured = None, [seconds]
         deeper = self._deeper(shares)
-        self._before = None if deeper is None else (self.depths, seconds, shares)
-        self.depths = deeper or self.depths
-        changed = self.depths != tried
-        self._start_window(settle=sum(self.depths) if changed else 0)
-        return self.depths if changed else None
+        if deeper == self.depths:
+            self._measured = []
+        else:
+            self._trial = self.depths, deeper
+        return deeper
 
-    def _deeper(self, shares: tuple[float, float]) -> Depths | None:
-        """The next depths to try, if any are worth it."""
+    def _deeper(self, shares: tuple[float, float]) -> Depths:
+        """The next depths to try, the same if none are worth it."""
         waits = [share >= _WORTH for share in shares]
         for move in _MOVES:
             # What grows has to be waited for; both may grow for the sake of one.
@@ -105,16 +136,32 @@ class DepthTuner:
             if not wanted or move not in self._untried:
                 continue
             self._untried.remove(move)
-            deeper = Depths(*map(_grown, self.depths, move))
-            # Ahead on the host; behind on the device, besides the batch that runs.
-            if (sum(deeper) + 1) * self._nbytes > self._budget:
+            prefetch = min(_DEEPEST, move.prefetch * self.depths.prefetch)
+            in_flight = min(_DEEPEST, move.in_flight * max(1, self.depths.in_flight))
+            deeper = Depths(prefetch, in_flight if move.in_flight > 1 else self.depths.in_flight)
+            if self._bytes(deeper) > self._budget:
                 self._untried -= {other for other in _MOVES if all(map(ge, other, move))}
-                line = f"no {_change(self.depths, deeper)}: {self._budget} bytes do not suffice"
+                line = f"no {_difference(self.depths, deeper)}: {self._budget} bytes do not suffice"
                 if line not in self.log:
                     self.log.append(line)
             elif deeper != self.depths:
                 return deeper
-        return None
+        return self.depths
+
+    def _bytes(self, depths: Depths) -> int:
+        # Ahead on the host; behind on the device, besides the batch that runs.
+        return depths.prefetch * self._batch + (depths.in_flight + 1) * (self._batch + self._output)
+
+    def _retreat(self) -> None:
+        """Batches have become too large for what they were measured with."""
+        self.log.append(f"{_difference(self.depths, self._first)}: {self._budget} bytes no longer suffice")
+        self._trial, self._measured, self._untried = None, [], set(_MOVES)
+        self._change(self._first)
+
+    def _change(self, depths: Depths) -> None:
+        # Finished batches are counted, not launched ones, of which there may be more while a greater depth is filled.
+        self._start_window(settle=max(sum(self.depths), sum(depths)) if depths != self.depths else 0)
+        self.depths = depths
 
     def _start_window(self, settle: int) -> None:
         self._settling = settle
@@ -123,10 +170,6 @@ class DepthTuner:
         self._began = self._clock()
 
 
-def _grown(depth: int, factor: int) -> int:
-    return depth if factor == 1 else min(_DEEPEST, max(1, factor * depth))
-
-
-def _change(before: Depths, after: Depths) -> str:
+def _difference(before: Depths, after: Depths) -> str:
     pairs = zip(Depths._fields, before, after, strict=True)
     return ", ".join(f"{name} from {old} to {new}" for name, old, new in pairs if old != new)

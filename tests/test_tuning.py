@@ -1,12 +1,18 @@
 """Depths that are chosen while the pipeline runs."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, emulator
+from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 from tests.helpers import HookLog, Net, assert_like_stock, predict, rows, trainer
 
@@ -26,13 +32,12 @@ class Simulated:
     def clock(self) -> float:
         return self.now
 
-    def run(self, batches: int, nbytes: int = 1) -> float:
-        """Seconds for that many batches."""
+    def run(self, batches: int, size: Callable[[int], int] = lambda i: 1, output: int = 0) -> float:
+        """Seconds for that many batches. `size` and `output` are bytes."""
         taken: list[float] = []  # when the main thread took each prepared batch
         prepared: list[float] = []
         done: list[float] = []  # when the device had computed each batch
         retired = 0
-        blocked = 0.0
         for i in range(batches):
             prepare, compute, _ = self.durations(i)
             # A place is free once batch i - prefetch was taken.
@@ -43,12 +48,14 @@ class Simulated:
             taken.append(self.now)
             done.append(max(self.now, done[-1] if done else 0.0) + compute)
             if self.tuner is not None:
-                self.depths = self.tuner.launched(waited=waited, blocked=blocked, nbytes=nbytes) or self.depths
-                blocked = 0.0
+                self.tuner.launched(waited=waited, nbytes=size(i))
             while i - retired >= self.depths.in_flight:
-                blocked += max(0.0, done[retired] - self.now)
+                blocked = max(0.0, done[retired] - self.now)
                 self._retire(done, retired)
                 retired += 1
+                if self.tuner is not None:
+                    self.tuner.retired(blocked=blocked, nbytes=output)
+                    self.depths = self.tuner.depths
         for i in range(retired, batches):
             self._retire(done, i)
         return self.now
@@ -126,6 +133,46 @@ def test_rule_10_the_budget_bounds_the_depths() -> None:
     ]
 
 
+def test_rule_10_outputs_count() -> None:
+    pipeline = Simulated(BURSTS["bursts of output"])
+    pipeline.tuner = DepthTuner(FIRST, 1000, clock=pipeline.clock)
+    pipeline.run(1000, output=300)
+    assert pipeline.depths.in_flight <= 2, pipeline.tuner.log
+
+
+def test_rule_10_larger_batches_make_the_pipeline_shallower() -> None:
+    pipeline = Simulated(BURSTS["bursts of input"])
+    pipeline.tuner = DepthTuner(FIRST, 100, clock=pipeline.clock)
+    pipeline.run(1500, size=lambda i: 1)
+    deep = pipeline.tuner.depths
+    assert deep.prefetch > FIRST.prefetch
+    pipeline.tuner.launched(waited=0, nbytes=50)
+    pipeline.tuner.retired(blocked=0, nbytes=0)
+    assert pipeline.tuner.depths == FIRST
+    assert pipeline.tuner.log[-1].endswith("to 2: 100 bytes no longer suffice")
+
+
+@pytest.mark.parametrize("last", [0.3, 3.0])
+def test_batches_that_become_cheaper_or_dearer_are_no_gain(last: float) -> None:
+    """In order of length each window is a bit faster than the one before it, whatever the depths."""
+    batches = 6000
+    factor = [last ** (i / batches) for i in range(batches)]
+    pipeline, tuner = tuned(lambda i: (0.030 * factor[i], 0.010 * factor[i], 0.005), batches=batches)
+    assert pipeline.depths == FIRST, tuner.log
+
+
+def test_where_no_thread_prefetches_none_will() -> None:
+    pipeline = Simulated(BURSTS["bursts of output"], depths=Depths(0, 1))
+    tuner = DepthTuner(Depths(0, 1), 10**9, clock=pipeline.clock)
+    for _ in range(1000):
+        pipeline.now += 0.1
+        tuner.launched(waited=0.05, nbytes=1)
+        tuner.retired(blocked=0.05, nbytes=1)
+        assert tuner.depths.prefetch == 0
+    assert any(line.startswith("in_flight from 1 to 2: taken back") for line in tuner.log)
+    assert "no thread prefetches" in tuner.summary()[-1]
+
+
 def test_no_batch_behind_grows_to_one() -> None:
     """`in_flight=0` is a depth to start from too."""
     pipeline = Simulated(BURSTS["bursts of output"], depths=Depths(2, 0))
@@ -134,8 +181,9 @@ def test_no_batch_behind_grows_to_one() -> None:
     assert pipeline.depths.in_flight > 0
 
 
-def test_noise_does_not_let_it_run_away() -> None:
-    generator = random.Random(0)
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_does_not_let_it_run_away(seed: int) -> None:
+    generator = random.Random(seed)
     noise = [generator.uniform(0.9, 1.1) for _ in range(6000)]
     pipeline, tuner = tuned(lambda i: (0.020 * noise[i], 0.021 * noise[-i], 0.004), batches=3000)
     assert pipeline.depths.prefetch <= 8, tuner.log
@@ -177,15 +225,80 @@ def slow_output() -> Iterator[None]:
 @pytest.mark.usefixtures("slow_output")
 def test_a_run_may_change_its_depths(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop does as the tuner says, whatever it says: ever other depths, with the same predictions."""
+    told: list[Depths] = []
+    asked: list[int] = []
+    behind: list[int] = []
 
-    def ever_other(self: DepthTuner, **_: Any) -> Depths:
+    def ever_other(self: DepthTuner, **_: Any) -> None:
         self.depths = Depths(1 + (self.depths.prefetch + 2) % 5, self.depths.in_flight % 4 + 1)
-        return self.depths
+        told.append(self.depths)
 
-    monkeypatch.setattr(DepthTuner, "launched", ever_other)
-    ours = trainer(HPUInferenceAccelerator.auto())
+    def followed(self: Prefetcher[Any], depth: int) -> None:
+        deepen(self, depth)
+        asked.append(depth)
+
+    class Behind(Callback):
+        """Counts the batches that were launched before the end of another."""
+
+        begun = 0
+
+        def on_predict_batch_start(self, *_: Any) -> None:
+            self.begun += 1
+
+        def on_predict_batch_end(self, *_: Any) -> None:
+            behind.append(self.begun - len(behind) - 1)
+
+    deepen = Prefetcher.deepen
+    monkeypatch.setattr(DepthTuner, "retired", ever_other)
+    monkeypatch.setattr(Prefetcher, "deepen", followed)
+    ours = trainer(HPUInferenceAccelerator.auto(), callbacks=[Behind()])
     expected = predict("cpu", Net(), rows(120, 2))
     actual: Any = ours.predict(Net(), rows(120, 2))
     assert len(actual) == 60
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).abs().max() < 1e-5
+    assert set(asked) == {depths.prefetch for depths in told} == {1, 2, 3, 4, 5}
+    # As many as the tuner allowed, until there are no more to launch.
+    allowed = [1] + [depths.in_flight for depths in told]
+    assert max(behind) == max(allowed) == 4
+
+
+@pytest.mark.usefixtures("slow_output")
+@pytest.mark.parametrize("slow", ["input", "output"])
+def test_the_tuner_is_told_what_was_waited_for(monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    class Slow(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Tensor:
+            time.sleep(0.02 if slow == "input" else 0.0)
+            return torch.full((4,), float(index))
+
+    def launched(self: DepthTuner, **told: float) -> None:
+        waits.append(told["waited"])
+        batches.append(told["nbytes"])
+
+    def retired(self: DepthTuner, **told: float) -> None:
+        blocks.append(told["blocked"])
+        outputs.append(told["nbytes"])
+
+    waits: list[float] = []
+    blocks: list[float] = []
+    batches: list[float] = []
+    outputs: list[float] = []
+    monkeypatch.setattr(DepthTuner, "launched", launched)
+    monkeypatch.setattr(DepthTuner, "retired", retired)
+    accelerator = HPUInferenceAccelerator.auto(hpu_graphs=False)
+    ours = trainer(accelerator)
+    ours.predict(Net(), DataLoader(Slow(), 2))
+    assert batches == [2 * 4 * 4] * 10
+    assert outputs == [2 * 3 * 4] * 10
+    # A batch of slow input takes twenty times as long to prepare as it does to compute, and the other way round.
+    assert (sum(waits) > sum(blocks)) == (slow == "input"), (waits, blocks)
+
+
+def test_the_budget_is_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = trainer(HPUInferenceAccelerator.auto(depth_memory=12345, prefetch=3, in_flight=2))
+    ours.predict(Net(), rows(4, 2))
+    tuner = vars(ours.predict_loop)["_tuner"]
+    assert (tuner.depths, vars(tuner)["_budget"]) == (Depths(3, 2), 12345)
