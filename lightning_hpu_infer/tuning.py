@@ -10,6 +10,7 @@ from typing import NamedTuple
 _WORTH = 0.05
 # How much faster a change must be to be kept, in each of its windows than in each of those around them.
 _GAIN = 0.02
+# Windows of a trial: before, deeper, before, deeper, before.
 _WINDOWS = 5
 _DEEPEST = 64
 
@@ -114,12 +115,13 @@ class DepthTuner:
                 f"{_difference(before, deeper)}: {'kept' if pays else 'taken back'},"
                 f" {1e3 * mean(tried):.2f} ms per batch instead of {1e3 * mean(usual):.2f} ms"
             )
-            if pays or self.depths == deeper:
-                # Either way the next window is at other depths than this one.
-                self._untried = set(_MOVES) if pays else self._untried
-                self._trial, self._measured = None, []
-                return deeper if pays else before
-            self._trial, self._measured = None, [seconds]
+            self._trial, self._measured = None, []
+            if pays:
+                self._untried = set(_MOVES)
+                return deeper
+            if self.depths == deeper:
+                return before
+            self._measured = [seconds]
         deeper = self._deeper(shares)
         if deeper == self.depths:
             self._measured = []
@@ -136,9 +138,10 @@ class DepthTuner:
             if not wanted or move not in self._untried:
                 continue
             self._untried.remove(move)
-            prefetch = min(_DEEPEST, move.prefetch * self.depths.prefetch)
-            in_flight = min(_DEEPEST, move.in_flight * max(1, self.depths.in_flight))
-            deeper = Depths(prefetch, in_flight if move.in_flight > 1 else self.depths.in_flight)
+            prefetch, in_flight = self.depths
+            if move.in_flight > 1:
+                in_flight = max(in_flight, min(_DEEPEST, move.in_flight * max(1, in_flight)))
+            deeper = Depths(max(prefetch, min(_DEEPEST, move.prefetch * prefetch)), in_flight)
             if self._bytes(deeper) > self._budget:
                 self._untried -= {other for other in _MOVES if all(map(ge, other, move))}
                 line = f"no {_difference(self.depths, deeper)}: {self._budget} bytes do not suffice"

@@ -181,6 +181,13 @@ def test_no_batch_behind_grows_to_one() -> None:
     assert pipeline.depths.in_flight > 0
 
 
+def test_it_never_goes_below_the_users_depths() -> None:
+    pipeline = Simulated(BURSTS["bursts of input"], depths=Depths(100, 80))
+    pipeline.tuner = tuner = DepthTuner(Depths(100, 80), 10**9, clock=pipeline.clock)
+    pipeline.run(1000)
+    assert tuner.depths == Depths(100, 80)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_does_not_let_it_run_away(seed: int) -> None:
     generator = random.Random(seed)
