@@ -60,7 +60,15 @@ class Reordered:
         Raises:
             ValueError: If some are missing.
         """
-        return self._restorer.batches() if self._count else []
+        if not self._count:
+            return []
+        if self._count < len(self._batches):
+            raise ValueError(
+                f"The run ended after {self._count} of {len(self._batches)} batches, as a step or hook that raises"
+                " `StopIteration` makes it end, and was in order of length: what was predicted is not the beginning of"
+                " the dataset. Predict all batches (`limit_predict_batches` takes fewer), or pass `group_by_length=None`."
+            )
+        return self._restorer.batches()
 
     def batch_indices(self) -> list[list[int]]:
         """The dataset's indices of each batch of stock Lightning."""

@@ -14,6 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed, InvalidBackend
 from lightning_hpu_infer import emulator
 from lightning_hpu_infer.emulator import EmulatorConfig
 from tests.contract.models import MODELS
+from tests.helpers import Clock, installed
 
 BOTH_GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
@@ -119,9 +120,8 @@ def test_a_call_returns_before_the_device_has_run(eager: None) -> None:
             assert emulator.stats().programs == 1
 
 
-def test_a_program_takes_a_networks_time_and_its_compilation_once() -> None:
-    emulator.install(EmulatorConfig(lazy=False, compile_ms=20, program_ms=10))
-    try:
+def test_a_program_takes_a_networks_time_and_its_compilation_once(clock: Clock) -> None:
+    with installed(lazy=False, compile_ms=20, program_ms=10):
         compiled = _compiled(lambda x: (x + 1) * 2)
         x = torch.ones(2).to("hpu")
         emulator.start_timeline()
@@ -129,9 +129,7 @@ def test_a_program_takes_a_networks_time_and_its_compilation_once() -> None:
             assert compiled(x).tolist() == [4.0, 4.0]
         spans = [span for span in emulator.stop_timeline() if span.queue == "compute"]
         assert [span.kind for span in spans] == ["compile", "compute", "compute"]
-        assert all(span.end - span.start >= 0.01 for span in spans)
-    finally:
-        emulator.uninstall()
+        assert [span.end - span.start for span in spans] == pytest.approx([0.02, 0.01, 0.01])
 
 
 def test_a_graph_break_is_two_programs(eager: None) -> None:

@@ -159,7 +159,9 @@ def test_stop_iteration_of_a_step_is_an_error_since_the_predictions_so_far_canno
 ) -> None:
     assert len(predict("cpu", Stops(3), loader())) == 3
     ours = trainer(HPUInferenceAccelerator(group_by_length="words", pipelining=pipelining))
-    with pytest.raises(ValueError, match=r"11 of 23 samples have no prediction, such as \[0, 1, 3, 6, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"ended after 3 of 6 batches.*StopIteration.*pass `group_by_length=None`"
+    ):
         ours.predict(Stops(3), loader())
     assert_equal(ours.predict(Mean(), loader()), predict("cpu", Mean(), loader()))
 
