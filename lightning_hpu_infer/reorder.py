@@ -66,7 +66,7 @@ class Reordered:
             raise ValueError(
                 f"The run ended after {self._count} of {len(self._batches)} batches, as a step or hook that raises"
                 " `StopIteration` makes it end, and was in order of length: what was predicted is not the beginning of"
-                " the dataset. Predict all batches (`limit_predict_batches` takes fewer), or pass `group_by_length=None`."
+                " the dataset. Predict all of them (fewer: `limit_predict_batches`), or pass `group_by_length=None`."
             )
         return self._restorer.batches()
 

@@ -159,9 +159,7 @@ def test_stop_iteration_of_a_step_is_an_error_since_the_predictions_so_far_canno
 ) -> None:
     assert len(predict("cpu", Stops(3), loader())) == 3
     ours = trainer(HPUInferenceAccelerator(group_by_length="words", pipelining=pipelining))
-    with pytest.raises(
-        ValueError, match=r"ended after 3 of 6 batches.*StopIteration.*pass `group_by_length=None`"
-    ):
+    with pytest.raises(ValueError, match=r"ended after 3 of 6 batches.*StopIteration.*pass `group_by_length=None`"):
         ours.predict(Stops(3), loader())
     assert_equal(ours.predict(Mean(), loader()), predict("cpu", Mean(), loader()))
 
