@@ -17,6 +17,8 @@ _LANES = {
 }
 _PROCESSES = {_HOST: "host", _DEVICE: "device"}
 _GZIP_MAGIC = b"\x1f\x8b"
+_MOST_SECONDS, _MOST_BYTES = 1e15, 2**63
+"""More than any clock or memory has, and so little that sums do not overflow."""
 
 
 class TraceFileError(ValueError):
@@ -45,9 +47,18 @@ def read(path: str | PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
     document = load(path)
     if not is_ours(document):
         raise TraceFileError(f"{path} is a Chrome trace of another program.")
+    return unpack(document, path)
+
+
+def unpack(document: Mapping[str, Any], path: str | PathLike[str]) -> tuple[list[Span], dict[str, Any]]:
+    """As `read`, from what `load` gave for `path` and `is_ours`.
+
+    Raises:
+        TraceFileError: If it is damaged.
+    """
     try:
         return from_chrome(document)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TraceFileError(f"{path} is damaged ({type(error).__name__}: {error}): record it again.") from error
 
 
@@ -60,9 +71,15 @@ def load(path: str | PathLike[str]) -> dict[str, Any]:
     """
     data = Path(path).read_bytes()
     try:
-        document = json.loads(gzip.decompress(data) if data.startswith(_GZIP_MAGIC) else data)
+        if data.startswith(_GZIP_MAGIC):
+            data = gzip.decompress(data)
+        text = data.decode(json.detect_encoding(data))
+        del data  # as large as the text, and some traces are a good part of the memory
+        document = json.loads(text)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise TraceFileError(f"{path} is not a Chrome trace: it is not JSON ({error}).") from error
+    except RecursionError as error:
+        raise TraceFileError(f"{path} is not a Chrome trace: it is nested too deeply.") from error
     if isinstance(document, list):
         document = {"traceEvents": document}  # the format's short form
     if not isinstance(document, dict) or not isinstance(document.get("traceEvents"), list):
@@ -91,22 +108,33 @@ def from_chrome(document: Mapping[str, Any]) -> tuple[list[Span], dict[str, Any]
     """What `to_chrome` was given.
 
     Raises:
-        KeyError, TypeError, ValueError: If it is no such document.
+        KeyError, TypeError, ValueError, OverflowError: If it is no such document.
     """
     lanes = {place: lane for lane, place in _LANES.items()}
-    spans = [
-        Span(
-            stage=Stage(event["name"]),
-            lane=lanes[event["pid"], event["tid"]],
-            start=float(event["args"]["start_s"]),
-            end=float(event["args"]["end_s"]),
-            batch=event["args"].get("batch"),
-            nbytes=event["args"].get("bytes", 0),
-        )
-        for event in document["traceEvents"]
-        if event["ph"] == "X"
-    ]
+    spans = [_span(event, lanes) for event in document["traceEvents"] if event["ph"] == "X"]
     return spans, dict(document["otherData"]["about"])
+
+
+def check_measures(start: float, end: float, nbytes: int) -> None:
+    """Refuse what can be no span's, such as the NaN and Infinity that Python reads in JSON.
+
+    Raises:
+        ValueError: If the seconds are not in order, or a number is out of all bounds.
+    """
+    if not -_MOST_SECONDS < start <= end < _MOST_SECONDS:  # nor is it if one is NaN
+        raise ValueError(f"a span from {start} to {end} s")
+    if not 0 <= nbytes < _MOST_BYTES:
+        raise ValueError(f"a copy of {nbytes} bytes")
+
+
+def _span(event: Mapping[str, Any], lanes: Mapping[tuple[int, int], Lane]) -> Span:
+    args = event["args"]
+    start, end = float(args["start_s"]), float(args["end_s"])
+    batch, nbytes = args.get("batch"), args.get("bytes", 0)
+    check_measures(start, end, nbytes)
+    if not isinstance(batch, int | None) or not isinstance(nbytes, int):
+        raise TypeError(f"batch {batch!r}, {nbytes!r} bytes")
+    return Span(Stage(event["name"]), lanes[event["pid"], event["tid"]], start, end, batch, nbytes)
 
 
 def _event(span: Span) -> dict[str, Any]:

@@ -25,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (OSError, ValueError, ImportError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        _complain(f"error: {error}")
         return _USAGE_ERROR
     except KeyboardInterrupt:
         return _INTERRUPTED
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    spans, report = diagnose(options.trace)
+    spans, report, skipped = diagnose(options.trace)
+    if skipped:
+        _complain(f"warning: {skipped} broken events of {options.trace} were skipped.")
     if options.json == "-":
         sys.stdout.write(report.to_json() + "\n")
     else:

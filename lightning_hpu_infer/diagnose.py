@@ -8,6 +8,8 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from operator import attrgetter
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -17,28 +19,47 @@ from lightning_hpu_infer.report import Report
 from lightning_hpu_infer.trace import Lane, Span, Stage
 
 
-def diagnose(path: str | PathLike[str]) -> tuple[list[Span], Report]:
+class Diagnosed(NamedTuple):
+    """What `diagnose` found in a file."""
+
+    spans: list[Span]
+    report: Report
+    skipped: int
+    """Broken events that were left out."""
+
+
+class Profiled(NamedTuple):
+    """What `from_profiler` found in a trace."""
+
+    spans: list[Span]
+    measured_on: str
+    """The device, as far as the trace tells."""
+    skipped: int
+    """Broken events that were left out."""
+
+
+def diagnose(path: str | PathLike[str]) -> Diagnosed:
     """The spans of a file and what limited the run.
 
     Args:
         path: A trace of this package's, or a Chrome trace of PyTorch's profiler from a CPU, CUDA or HPU run; gzipped
-            or not.
+            or not. It is read once, so it may be a pipe.
 
     Raises:
         OSError: If the file cannot be read.
         TraceFileError: If it is no such trace, or an empty one.
     """
     document = chrome.load(path)
-    stored, measured_on = None, ""
+    stored, measured_on, skipped = None, "", 0
     if chrome.is_ours(document):
-        spans, about = chrome.read(path)
+        spans, about = chrome.unpack(document, path)
         stored = _stored_report(about)
     else:
-        spans, measured_on = from_profiler(document)
+        spans, measured_on, skipped = from_profiler(document)
     if not spans:
         raise chrome.TraceFileError(f"{path} has no event of a host thread or a device: record at least one batch.")
     # A report made after the run knows its flags and counters, which spans do not tell.
-    return spans, stored or analyse(spans, measured_on=measured_on)
+    return Diagnosed(spans, stored or analyse(spans, measured_on=measured_on), skipped)
 
 
 def _stored_report(about: Mapping[str, Any]) -> Report | None:
@@ -59,13 +80,15 @@ class _Event(NamedTuple):
     """What an event of the device shares with the call that launched it."""
     nbytes: int
     words: str
-    """All that may tell a copy's direction and an engine's kind."""
+    """All that may tell a copy's direction and an engine's kind, for events that may be either."""
 
 
 _COMPUTE = {"kernel", "concurrent_kernel", "gpu_memset", "memset"}
 _COPY = {"gpu_memcpy", "memcpy"}
-_HOST = {"cpu_op", "user_annotation", "python_function", "cuda_runtime", "cuda_driver", "xpu_runtime", "runtime"}
-_HOST |= {"privateuse1_runtime", "privateuse1_driver"}
+_RUNTIME = {"cuda_runtime", "cuda_driver", "xpu_runtime", "privateuse1_runtime"}
+_ASYNCHRONOUS = _RUNTIME | {"hpu_op"}
+"""What only a run on a device has."""
+_HOST = _RUNTIME | {"cpu_op", "user_annotation", "python_function", "runtime", "privateuse1_driver"}
 _NOT_WORK = {"gpu_user_annotation", "cuda_sync", "xpu_sync", "overhead", "trace", "ac2g", "cpu_instant_event"}
 
 _ENGINE = re.compile(r"\b(TPC|MME|[EK]?DMA|ROTATOR)", re.IGNORECASE)
@@ -94,10 +117,10 @@ _CLOSED = {Stage.FETCH, Stage.PREPARE, Stage.PIN, Stage.COPY_IN, Stage.COPY_OUT,
 """Stages that own what happens inside of them: the ops of a collate function launch nothing."""
 
 
-def from_profiler(document: Mapping[str, Any]) -> tuple[list[Span], str]:
-    """The spans of a Chrome trace of PyTorch's profiler, and on what it was measured, as far as it tells."""
+def from_profiler(document: Mapping[str, Any]) -> Profiled:
+    """Understand a Chrome trace of PyTorch's profiler."""
     names = _names(document["traceEvents"])
-    events = sorted(_events(document["traceEvents"], names), key=lambda event: (event.start, -event.end))
+    events, skipped = _events(document["traceEvents"], names)
     device = [(event, lane) for event in events if (lane := _device_lane(event, names)) is not None]
     if device:
         # One process drives one device; others in the trace are other ranks' or unused.
@@ -110,7 +133,7 @@ def from_profiler(document: Mapping[str, Any]) -> tuple[list[Span], str]:
     batch_of = _batches([event for event in host if event.thread[1] == main])
     copies = {event.correlation: lane for event, lane in device if event.correlation is not None}
     spans = [*_host_spans(host, main, copies, batch_of), *_device_spans(device, host, batch_of)]
-    return spans, _measured_on(document, events, device)
+    return Profiled(spans, _measured_on(document, events, device), skipped)
 
 
 def _names(events: Iterable[Any]) -> dict[tuple[str, str], str]:
@@ -118,38 +141,66 @@ def _names(events: Iterable[Any]) -> dict[tuple[str, str], str]:
     names: dict[tuple[str, str], str] = {}
     for event in events:
         if isinstance(event, dict) and event.get("ph") == "M" and isinstance(event.get("args"), dict):
-            pid, args = str(event.get("pid")), event["args"]
+            pid, args = _text(event.get("pid")), event["args"]
             if event.get("name") in ("process_name", "process_labels"):
-                names[pid, ""] = f"{names.get((pid, ''), '')} {args.get('name', '')} {args.get('labels', '')}".strip()
+                words = (names.get((pid, ""), ""), _text(args.get("name")), _text(args.get("labels")))
+                names[pid, ""] = " ".join(filter(None, words))
             elif event.get("name") == "thread_name":
-                names[pid, str(event.get("tid"))] = str(args.get("name", ""))
+                names[pid, _text(event.get("tid"))] = _text(args.get("name"))
     return names
 
 
-def _events(events: Iterable[Any], names: Mapping[tuple[str, str], str]) -> Iterator[_Event]:
+def _text(value: object) -> str:
+    return str(value) if isinstance(value, (str, int, float)) else ""
+
+
+def _events(events: Iterable[Any], names: Mapping[tuple[str, str], str]) -> tuple[list[_Event], int]:
+    """The complete events in order of time, outer ones before those inside of them, and how many were broken."""
+    found: list[_Event] = []
+    skipped = 0
+    threads = lru_cache(maxsize=None)(lambda pid, tid: (_text(pid), _text(tid)))
     for event in events:
-        if not isinstance(event, dict) or event.get("ph") != "X":
+        if isinstance(event, dict) and event.get("ph") != "X":
             continue
-        args = event["args"] if isinstance(event.get("args"), dict) else {}
         try:
-            start, duration = float(event["ts"]), float(event["dur"])
-            nbytes = int(float(args.get("bytes", args.get("Bytes", 0))))
-        except (KeyError, TypeError, ValueError):
-            continue
-        if duration < 0:
-            continue
-        thread = str(event.get("pid")), str(event.get("tid"))
-        words = (event.get("name"), names.get(thread), args.get("HW event name"), args.get("direction"))
-        yield _Event(
-            name=str(event.get("name", "")),
-            category=str(event.get("cat", "")).lower(),
-            thread=thread,
-            start=start / 1e6,
-            end=(start + duration) / 1e6,
-            correlation=args.get("correlation"),
-            nbytes=nbytes,
-            words=" ".join(str(word) for word in words if word),
-        )
+            found.append(_event(event, names, threads))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):  # AttributeError: no object at all
+            skipped += 1
+    # Two sorts by a number are much faster than one by a pair. The second leaves in order what begins together.
+    found.sort(key=attrgetter("end"), reverse=True)
+    found.sort(key=attrgetter("start"))
+    return found, skipped
+
+
+def _event(
+    event: Mapping[str, Any],
+    names: Mapping[tuple[str, str], str],
+    thread_of: Callable[[Any, Any], tuple[str, str]],
+) -> _Event:
+    """Raises AttributeError, KeyError, TypeError, ValueError or OverflowError if the event is broken."""
+    name, category = event.get("name", ""), _lower(event.get("cat", ""))
+    if not isinstance(name, str):
+        raise TypeError(f"the name {name!r}")
+    thread = thread_of(event.get("pid"), event.get("tid"))
+    start = float(event["ts"])
+    end = (start + float(event["dur"])) / 1e6
+    start /= 1e6
+    args = event.get("args")
+    if not isinstance(args, dict):
+        args = {}
+    nbytes = args.get("bytes", args.get("Bytes", 0))
+    nbytes = int(float(nbytes)) if nbytes else 0
+    chrome.check_measures(start, end, nbytes)
+    correlation = args.get("correlation")
+    hash(correlation)  # a TypeError if nothing can be looked up by it
+    words = ""
+    if category in _COPY or category == "hpu_op":
+        said = (name, names.get(thread), args.get("HW event name"), args.get("direction"))
+        words = " ".join(filter(None, map(_text, said)))
+    return _Event(name, category, thread, start, end, correlation, nbytes, words)
+
+
+_lower = lru_cache(maxsize=256)(str.lower)
 
 
 def _device_lane(event: _Event, names: Mapping[tuple[str, str], str]) -> Lane | None:
@@ -203,16 +254,19 @@ def _main_thread(host: list[_Event]) -> str:
 
 def _stage(event: _Event, copies: Mapping[object, Lane]) -> Stage | None:
     """What a host event was for; None says nothing."""
-    if _STEP.search(event.name):
-        return None
-    for pattern, stage in _STAGES:
-        if pattern.search(event.name):
-            return stage
-    if event.category in ("cuda_runtime", "cuda_driver", "xpu_runtime", "privateuse1_runtime"):
+    stage = _stage_by_name(event.name)
+    if stage == Stage.LAUNCH and event.category in _RUNTIME:
         copied = copies.get(event.correlation)
         if copied is not None and copied != Lane.DEVICE:
             return Stage.COPY_IN if copied == Lane.H2D else Stage.COPY_OUT
-    return Stage.LAUNCH
+    return stage
+
+
+@lru_cache(maxsize=4096)  # a trace has millions of events and few names
+def _stage_by_name(name: str) -> Stage | None:
+    if _STEP.search(name):
+        return None
+    return next((stage for pattern, stage in _STAGES if pattern.search(name)), Stage.LAUNCH)
 
 
 def _staged(events: list[_Event], copies: Mapping[object, Lane]) -> Iterator[tuple[Stage, _Event]]:
@@ -231,7 +285,7 @@ def _staged(events: list[_Event], copies: Mapping[object, Lane]) -> Iterator[tup
 
 def _batches(main: list[_Event]) -> Callable[[float], int | None]:
     """A function from a moment to the batch that the main thread was at: they begin with a fetch, or else a step."""
-    starts = [event.start for event in main if _STAGES[0][0].search(event.name)]
+    starts = [event.start for event in main if _stage_by_name(event.name) == Stage.FETCH]
     starts = starts or [event.start for event in main if _STEP.search(event.name)]
 
     def batch_of(moment: float) -> int | None:
@@ -253,7 +307,7 @@ def _device_spans(
 
 def _measured_on(document: Mapping[str, Any], events: list[_Event], device: list[tuple[_Event, Lane]]) -> str:
     properties = document.get("deviceProperties")
-    if isinstance(properties, list) and properties and isinstance(properties[0], dict) and properties[0].get("name"):
-        return str(properties[0]["name"])
-    asynchronous = {"hpu_op", "cuda_runtime", "cuda_driver", "xpu_runtime", "privateuse1_runtime"}
-    return "" if device or any(event.category in asynchronous for event in events) else "cpu"
+    first = properties[0] if isinstance(properties, list) and properties else None
+    if isinstance(first, dict) and (name := _text(first.get("name"))):
+        return name
+    return "" if device or any(event.category in _ASYNCHRONOUS for event in events) else "cpu"

@@ -61,6 +61,7 @@ def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args() -> None:
     ("content", "message"),
     [
         (b"no json", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"\x80\x81", "not JSON"),
         (b"\x1f\x8b broken", "not JSON"),
         (gzip.compress(b"{}", mtime=0)[:-9], "not JSON"),
@@ -78,6 +79,33 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message
     with pytest.raises(chrome.TraceFileError, match=message) as error:
         chrome.read(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"pid": [1]},
+        {"args": []},
+        {"args": {"start_s": math.nan, "end_s": 1}},
+        {"args": {"start_s": 0, "end_s": math.inf}},
+        {"args": {"start_s": 1, "end_s": 0}},
+        {"args": {"start_s": -1e308, "end_s": 1e308}},
+        {"args": {"start_s": 0, "end_s": 10**400}},
+        {"args": {"start_s": 0, "end_s": 1, "batch": [1]}},
+        {"args": {"start_s": 0, "end_s": 1, "batch": 1.5}},
+        {"args": {"start_s": 0, "end_s": 1, "bytes": math.inf}},
+        {"args": {"start_s": 0, "end_s": 1, "bytes": 10**30}},
+        {"args": {"start_s": 0, "end_s": 1, "bytes": -1}},
+    ],
+    ids=lambda damage: str(damage)[:60],
+)
+def test_a_damaged_span_is_named(tmp_path: Path, damage: dict[str, object]) -> None:
+    document = chrome.to_chrome(SPANS)
+    document["traceEvents"][-1] |= damage
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(chrome.TraceFileError, match=r"is damaged .*record it again"):
+        chrome.read(path)
 
 
 def test_a_missing_file_is_missing(tmp_path: Path) -> None:

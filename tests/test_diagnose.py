@@ -1,5 +1,7 @@
 import gzip
 import json
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +124,8 @@ def hpu_trace(batches: int = 5) -> dict[str, Any]:
 
 
 def test_a_cuda_trace() -> None:
-    spans, measured_on = from_profiler(cuda_trace())
+    spans, measured_on, skipped = from_profiler(cuda_trace())
+    assert skipped == 2
     assert measured_on == "NVIDIA A100"
     ours = [span for span in in_ms(spans) if span[4] == 1]
     assert sorted(ours, key=lambda span: (list(Lane).index(span[1]), span[2], -span[3])) == [
@@ -147,7 +150,7 @@ def test_a_cuda_trace() -> None:
 
 
 def test_an_hpu_trace() -> None:
-    spans, measured_on = from_profiler(hpu_trace())
+    spans, measured_on, _ = from_profiler(hpu_trace())
     report = analyse(spans, measured_on=measured_on)
     assert report.verdict == Verdict.LAUNCH
     assert report.device is not None
@@ -178,7 +181,7 @@ def test_a_prefetching_thread_and_the_names_of_lightnings_profiler() -> None:
         event("cpu_op", "aten::item", 13, 14),
         event("python_function", "model.py(3): forward", 16, 17),
     ]
-    spans, measured_on = from_profiler({"traceEvents": events})
+    spans, measured_on, _ = from_profiler({"traceEvents": events})
     assert measured_on == "cpu"
     assert {(span[0], span[1], span[2], span[3]) for span in in_ms(spans)} == {
         (Stage.FETCH, Lane.PREFETCH, 0, 8),
@@ -203,7 +206,8 @@ def test_a_real_trace_of_the_profiler(tmp_path: Path) -> None:
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     (tmp_path / "trace.json.gz").write_bytes(gzip.compress((tmp_path / "trace.json").read_bytes()))
     for name in ("trace.json", "trace.json.gz"):
-        spans, report = diagnose(tmp_path / name)
+        spans, report, skipped = diagnose(tmp_path / name)
+        assert skipped == 0
         assert report.batches == 5
         assert report.measured_on == "cpu"
         assert report.device is None
@@ -211,12 +215,78 @@ def test_a_real_trace_of_the_profiler(tmp_path: Path) -> None:
         assert {span.lane for span in spans} == {Lane.MAIN}
 
 
+BROKEN = [
+    {"ts": float("nan")},
+    {"ts": -math.inf},
+    {"ts": 1e308, "dur": 1e308},
+    {"ts": 10**400},
+    {"ts": None},
+    {"ts": "soon"},
+    {"dur": math.inf},
+    {"dur": -1},
+    {"pid": [1]},
+    {"tid": {}},
+    {"name": ["a"]},
+    {"cat": 3},
+    {"args": {"correlation": [1]}},
+    {"args": {"correlation": {}}},
+    {"args": {"bytes": math.inf}},
+    {"args": {"bytes": math.nan}},
+    {"args": {"bytes": -1}},
+    {"args": {"bytes": 1e300}},
+    {"args": {"bytes": "many"}},
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: str(broken)[:40])
+def test_broken_events_are_skipped_and_counted(broken: dict[str, Any]) -> None:
+    document = cuda_trace()
+    whole = from_profiler(document)
+    categories = ("cpu_op", "cuda_runtime", "kernel", "gpu_memcpy")
+    document["traceEvents"] += [event(category, "HtoD", 100, 200) | broken for category in categories]
+    text = json.dumps(document)
+    assert from_profiler(json.loads(text)) == whole._replace(skipped=whole.skipped + len(categories))
+
+
+def test_the_command_tells_how_many_events_it_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(cuda_trace()))
+    assert main(["diagnose", str(path), "--json", "-"]) == 0
+    out, error = capsys.readouterr()
+    assert Report.from_json(out).batches == 5
+    assert error == f"warning: 2 broken events of {path} were skipped.\n"
+
+
+def test_what_else_a_file_may_get_wrong_breaks_nothing() -> None:
+    document = cuda_trace()
+    whole = from_profiler(document)
+    document["deviceProperties"] = [{"name": ["A100"]}]
+    document["traceEvents"] += [
+        named("process", [7], "a name for nobody"),
+        named("thread", {}, "a name for nobody", tid=[7]),
+        {"ph": ["X"]},
+        {"ph": "M", "name": ["process_name"], "pid": 7, "args": {"name": "?"}},
+        named("process", 7, ["?"]),  # type: ignore[arg-type]
+    ]
+    assert from_profiler(document) == whole._replace(measured_on="")
+
+
+def test_a_trace_is_read_once_so_it_may_come_through_a_pipe() -> None:
+    data = json.dumps(chrome.to_chrome(SPANS, {"report": REPORT.as_dict()})).encode()
+    for content in (data, gzip.compress(data)):
+        read, write = os.pipe()
+        os.write(write, content)
+        os.close(write)
+        assert diagnose(f"/dev/fd/{read}") == (SPANS, REPORT, 0)
+        os.close(read)
+
+
 def test_our_own_trace_keeps_its_report(tmp_path: Path) -> None:
     chrome.write(SPANS, tmp_path / "trace.json", {"report": REPORT.as_dict()})
-    assert diagnose(tmp_path / "trace.json") == (SPANS, REPORT)
+    assert diagnose(tmp_path / "trace.json") == (SPANS, REPORT, 0)
     for about in ({}, {"report": {"of": "another version"}}, {"report": None}):
         chrome.write(SPANS, tmp_path / "trace.json", about)
-        assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS))
+        assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS), 0)
 
 
 def test_the_command_prints_plots_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,6 +308,8 @@ def test_the_command_prints_plots_and_writes_json(tmp_path: Path, capsys: pytest
         (b'{"traceEvents": [{"ph": "X", "cat": "odd", "name": "a", "ts": 0, "dur": 1}]}', "has no event"),
         (gzip.compress(b"[1, 2]", mtime=0), "has no event"),
         (json.dumps(chrome.to_chrome([])).encode(), "has no event"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (json.dumps(chrome.to_chrome(SPANS)).encode().replace(b'"batch": 0', b'"bytes": 1e999'), "is damaged"),
         (None, "No such file"),
     ],
 )
