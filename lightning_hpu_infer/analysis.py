@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_hpu_infer.advice import advise
+from lightning_hpu_infer.advice import Setup, advise
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.gaps import Piece, cut_by, device_gaps, host_pieces, programs_of, timeline
+from lightning_hpu_infer.gaps import Piece, device_gaps, lanes_of, programs_of, timeline, work_of
 from lightning_hpu_infer.report import (
     Cause,
     CopyTime,
@@ -28,18 +28,23 @@ def analyse(
     spans: Sequence[Span],
     *,
     config: InferenceConfig | None = None,
+    setup: Setup | None = None,
     counters: Counters | None = None,
     measured_on: str = "",
     tuning: Sequence[str] = (),
+    truncated: bool = False,
 ) -> Report:
     """Find out what limits a run.
 
     Args:
         spans: All spans of the run, in any order.
-        config: The flags that were on; the advice leaves out what is on already. None counts as all off.
+        config: The flags as they were on in the end; the advice leaves out what is on already. None is a run of another
+            program, to which no flag is proposed.
+        setup: What else advice rests on.
         counters: What the spans do not show.
-        tuning: What `pipelining="auto"` did.
         measured_on: Name of the device, such as "emulated HPU". On "cpu" the launch is the computation.
+        tuning: What `pipelining="auto"` did.
+        truncated: Whether the spans are only the last part of the run.
 
     Raises:
         ValueError: If there are no spans.
@@ -47,18 +52,16 @@ def analyse(
     if not spans:
         raise ValueError("There is nothing to analyse: no span was recorded. Trace a run of at least one batch.")
     start, end = min(span.start for span in spans), max(span.end for span in spans)
-    lanes = {lane: timeline(span for span in spans if span.lane == lane) for lane in Lane}
-    gaps = device_gaps(spans)
-    programs = programs_of(spans)
-    device = None
+    lanes, programs, gaps = lanes_of(spans), programs_of(spans), device_gaps(spans)
+    device, base = None, end - start
     if programs:
-        idle = sum(piece[1] - piece[0] for gap in gaps for piece in gap)
-        before, window, after = programs[0][0] - start, programs[-1][1] - programs[0][0], end - programs[-1][1]
-        device = DeviceTime(before=before, busy=window - idle, idle=idle, after=after)
-        base, pieces = window, [piece for gap in gaps for piece in gap]
-    else:
-        base, pieces = end - start, host_pieces([(start, end, None)], spans)
-    bound, bound_seconds = _bound(lanes, programs)
+        first, last = programs[0][0], programs[-1][1]
+        between = [gap for gap in gaps if first <= gap[0][0] and gap[-1][1] <= last]
+        idle = sum(gap[-1][1] - gap[0][0] for gap in between)
+        device = DeviceTime(before=first - start, busy=last - first - idle, idle=idle, after=end - last)
+        if not device.mostly_outside:
+            base, gaps = last - first, between
+    bound, bound_seconds = max(work_of(lanes, programs, start, end).items(), key=lambda item: item[1])
     report = Report(
         verdict=Verdict.DEVICE,
         severity=Severity.NONE,
@@ -68,16 +71,17 @@ def analyse(
         seconds=end - start,
         stages=_stage_times(spans, lanes, end - start),
         device=device,
-        causes=_causes(pieces, base),
+        causes=_causes([piece for gap in gaps for piece in gap], base),
         copies=_copy_times(spans),
         bound=bound,
         bound_seconds=bound_seconds,
         counters=counters or Counters(),
         tuning=tuple(tuning),
+        truncated=truncated,
     )
     verdict, severity = _judge(report)
     report = replace(report, verdict=verdict, severity=severity)
-    return replace(report, advice=advise(report, config))
+    return replace(report, advice=advise(report, config, setup or Setup()))
 
 
 def _stage_times(spans: Sequence[Span], lanes: Mapping[Lane, list[Piece]], total: float) -> tuple[StageTime, ...]:
@@ -126,17 +130,6 @@ def _copy_times(spans: Sequence[Span]) -> tuple[CopyTime, ...]:
         for lane, found in copies.items()
         if found
     )
-
-
-def _bound(lanes: Mapping[Lane, list[Piece]], programs: list[tuple[float, float]]) -> tuple[Lane, float]:
-    busy: list[Piece] = [(start, end, Stage.DEVICE) for start, end in programs]
-    # A blocking copy of a result waits for the device first.
-    main = cut_by(lanes[Lane.MAIN], Stage.COPY_OUT, busy)
-    waits = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.DEVICE)
-    work = {lane: math.fsum(end - start for start, end, _ in pieces) for lane, pieces in lanes.items()}
-    work[Lane.MAIN] = math.fsum(end - start for start, end, stage in main if stage not in waits)
-    work[Lane.DEVICE] = math.fsum(end - start for start, end in programs)
-    return max(work.items(), key=lambda item: item[1])
 
 
 def _count_batches(spans: Sequence[Span]) -> int:

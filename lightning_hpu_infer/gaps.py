@@ -1,6 +1,7 @@
 """Lanes without overlaps, and the gaps in which the device computed nothing, cut by cause."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 
@@ -9,16 +10,32 @@ from lightning_hpu_infer.trace import Lane, Span, Stage
 Piece = tuple[float, float, Stage | None]
 """Start and end in seconds, and what it was spent on; None is host work outside of all stages."""
 
+_SATURATED = 0.9
+"""Share of the time from which a lane that works is taken for the one that all others wait for."""
+
 
 def device_gaps(spans: Sequence[Span]) -> list[list[Piece]]:
-    """The times between its first and its last program when the device computed nothing, each cut by cause.
+    """The times of a run when the device computed nothing, each cut by cause; all of it without any program.
 
     A piece belongs to what the main thread was in; where it waited for input, to what the prefetch thread was in; where
-    it waited for output, to the copy under way. Compilation comes before all of them.
+    it waited for output, to the copy under way. What a saturated lane works on comes before these, since the main
+    thread could be as fast as it liked; compilation comes before all of them.
     """
-    gaps: list[Piece] = [(left[1], right[0], None) for left, right in pairwise(programs_of(spans))]
-    compiled = cut_by(gaps, None, timeline(span for span in spans if span.stage == Stage.COMPILE))
-    pieces = host_pieces(compiled, spans)
+    if not spans:
+        return []
+    lanes, programs = lanes_of(spans), programs_of(spans)
+    edges = [min(span.start for span in spans), max(span.end for span in spans)]
+    edges[1:1] = [edge for program in programs for edge in program]
+    gaps: list[Piece] = [(left, right, None) for left, right in zip(edges[::2], edges[1::2], strict=True)]
+    gaps = [gap for gap in gaps if gap[1] > gap[0]]
+    pieces = cut_by(gaps, None, timeline(span for span in spans if span.stage == Stage.COMPILE))
+    saturated = _saturated(lanes, programs)
+    if saturated is not None:
+        pieces = cut_by(pieces, None, lanes[saturated])
+    pieces = cut_by(pieces, None, lanes[Lane.MAIN])
+    pieces = cut_by(pieces, Stage.WAIT_INPUT, lanes[Lane.PREFETCH])
+    copies = timeline(span for span in spans if span.lane in (Lane.H2D, Lane.D2H))
+    pieces = cut_by(pieces, Stage.WAIT_OUTPUT, copies)
     cut: list[list[Piece]] = []
     position = 0
     for _, end, _ in gaps:
@@ -27,6 +44,11 @@ def device_gaps(spans: Sequence[Span]) -> list[list[Piece]]:
             position += 1
         cut.append(pieces[first:position])
     return cut
+
+
+def lanes_of(spans: Sequence[Span]) -> dict[Lane, list[Piece]]:
+    """Every lane's `timeline`."""
+    return {lane: timeline(span for span in spans if span.lane == lane) for lane in Lane}
 
 
 def timeline(spans: Iterable[Span]) -> list[Piece]:
@@ -48,14 +70,43 @@ def timeline(spans: Iterable[Span]) -> list[Piece]:
     return pieces
 
 
-def host_pieces(pieces: list[Piece], spans: Sequence[Span]) -> list[Piece]:
-    """Explain those pieces that have no cause yet by what the host was in."""
-    main = timeline(span for span in spans if span.lane == Lane.MAIN)
-    prefetch = timeline(span for span in spans if span.lane == Lane.PREFETCH)
-    copies = timeline(span for span in spans if span.lane in (Lane.H2D, Lane.D2H))
-    pieces = cut_by(pieces, None, main)
-    pieces = cut_by(pieces, Stage.WAIT_INPUT, prefetch)
-    return cut_by(pieces, Stage.WAIT_OUTPUT, copies)
+def work_of(
+    lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float, float]], start: float, end: float
+) -> dict[Lane, float]:
+    """Seconds from `start` to `end` that each lane worked, waits left out."""
+    # A blocking copy of a result waits for the device first.
+    main = cut_by(lanes[Lane.MAIN], Stage.COPY_OUT, [(*program, Stage.WAIT_OUTPUT) for program in programs])
+    device: list[Piece] = [(*program, Stage.DEVICE) for program in programs]
+    worked = {**lanes, Lane.MAIN: main, Lane.DEVICE: device}
+    waits = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
+    return {
+        lane: math.fsum(
+            min(right, end) - max(left, start)
+            for left, right, stage in pieces
+            if stage not in waits and left < end and right > start
+        )
+        for lane, pieces in worked.items()
+    }
+
+
+def _saturated(lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float, float]]) -> Lane | None:
+    """The thread or queue beside the main thread that sets the pace of the others, if one does.
+
+    A lane that has little to do is held up by the others: a full queue lets no thread run ahead.
+    """
+    if programs:
+        start, end = programs[0][0], programs[-1][1]
+    elif main := lanes[Lane.MAIN]:
+        start, end = main[0][0], main[-1][1]
+        waits = {stage: sum(piece[1] - piece[0] for piece in main if piece[2] == stage) for stage in Stage}
+        if waits[Stage.WAIT_OUTPUT] >= waits[Stage.WAIT_INPUT]:
+            return None  # the device that nobody recorded may do more
+    else:
+        return None
+    work = work_of(lanes, programs, start, end)
+    busiest = max(work, key=lambda lane: work[lane])
+    beside = busiest not in (Lane.MAIN, Lane.DEVICE)
+    return busiest if beside and work[busiest] >= _SATURATED * (end - start) > 0 else None
 
 
 def cut_by(pieces: list[Piece], unclear: Stage | None, lane: list[Piece]) -> list[Piece]:

@@ -44,6 +44,7 @@ _WIDTH_INCHES = 14.0
 _LEFT_INCHES, _RIGHT_INCHES = 1.35, 0.2
 _BOTTOM_INCHES, _TOP_INCHES = 0.75, 0.55
 _ROW_INCHES = 0.62
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 _SIZE = 8.0
 """Of the text in boxes, in points."""
 _BOX = 0.78
@@ -161,7 +162,8 @@ class _Picture:
         self._start, self._end = window
         self._width = (self._end - self._start) * 1e3
         self._points_per_ms = (_WIDTH_INCHES - _LEFT_INCHES - _RIGHT_INCHES) * 72 / self._width
-        self._gaps = [gap for gap in device_gaps(spans) if gap[-1][1] > self._start and gap[0][0] < self._end]
+        gaps = device_gaps(spans) if any(span.lane == Lane.DEVICE for span in spans) else []
+        self._gaps = [gap for gap in gaps if gap[-1][1] > self._start and gap[0][0] < self._end]
         self._reasons, self._all_said = self._place_reasons()
         self._lines = max((reason.level + 1 for reason in self._reasons), default=0) + (not self._all_said)
         self._rows: dict[Lane, float] = {}
@@ -196,9 +198,12 @@ class _Picture:
         for box in boxes:
             waits = box.span.stage in _WAITS
             colour = "white" if waits else _colour(box.span.batch)
+            if box.span.stage == Stage.COMPILE:
+                colour = "none"  # so that the idle time shows that it is
             # An outline would be all there is to see of a narrow one.
             narrow = (box.right - box.left) * self._points_per_ms < 2
-            styles.setdefault((box.inner, _darker(colour) if narrow and not waits else colour, narrow), []).append(box)
+            colour = _darker(colour) if narrow and colour.startswith("#") else colour
+            styles.setdefault((box.inner, colour, narrow), []).append(box)
         for (inner, colour, narrow), same in styles.items():
             bottom, height = (row + _BOX / 2 - _INNER, _INNER) if inner else (row - _BOX / 2, _BOX)
             self._axes.broken_barh(
@@ -229,6 +234,7 @@ class _Picture:
             va="center",
             fontsize=_SIZE,
             color="#666666" if stage in _WAITS else _INK,
+            bbox=_ON_WHITE if stage == Stage.COMPILE and text else None,
             linespacing=0.95,
             zorder=4,
         )
@@ -276,11 +282,13 @@ class _Picture:
             **style,
         )
         words: dict[str, Any] = {"va": "center", "fontsize": _SIZE, "color": _IDLE, "zorder": 5}
-        words["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        words["bbox"] = _ON_WHITE
         first = row + _BOX / 2 + 0.24
         for reason in self._reasons:
             y, x = first + reason.level * _LEVEL, (reason.left + reason.right) / 2
-            self._axes.plot([x, x], [row + _BOX / 2, y - 0.1], color=_IDLE, linewidth=0.6, alpha=0.7, zorder=1)
+            half = _points(reason.text) / self._points_per_ms / 2
+            end = max(min(x, reason.middle + half), reason.middle - half)
+            self._axes.plot([x, end], [row + _BOX / 2, y - 0.1], color=_IDLE, linewidth=0.6, alpha=0.7, zorder=1)
             self._axes.text(reason.middle, y, reason.text, ha="center", **words)
         if not self._all_said:
             idle = sum(right - left for left, right in clipped) / 1e3

@@ -65,6 +65,8 @@ def render(report: Report) -> RenderableType:
 def _overview(report: Report) -> str:
     batches = f"{report.batches} batches in {report.seconds:.3f} s, {report.throughput:.1f} per second"
     lines = [batches if report.batches else f"{report.seconds:.3f} s; the trace does not tell batches apart"]
+    if report.truncated:
+        lines.append("Only this last part of the run was recorded: a trace keeps the newest spans of each thread.")
     device = report.device
     if device is None:
         lines.append("No program of a device is in the trace: judged by what the host was in.")

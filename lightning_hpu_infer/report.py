@@ -85,7 +85,8 @@ class Cause:
     """None is host work outside of all stages."""
     seconds: float
     share: float
-    """Of the time from the device's first program to its last; without a device trace, of the run's time."""
+    """Of the time that is judged: from the device's first program to its last, or the run's time, if there is no device
+    trace or most of the time is outside of these."""
 
     @property
     def label(self) -> str:
@@ -104,6 +105,11 @@ class DeviceTime:
     """Between its first and its last program; compilation is idle time too."""
     after: float
     """Since its last program."""
+
+    @property
+    def mostly_outside(self) -> bool:
+        """Whether most of the run was before its first program or after its last."""
+        return self.before + self.after > self.busy + self.idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,8 @@ class Report:
     device: DeviceTime | None
     """None without a device trace: the verdict is the host's side of the story then."""
     causes: tuple[Cause, ...]
-    """Largest first. They add up to the device's idle time; without a device trace, to the run's time."""
+    """Largest first. They add up to the device's idle time between its first program and its last; where most of the
+    run is outside of these, to all of its idle time; without a device trace, to the run's time."""
     copies: tuple[CopyTime, ...]
     bound: Lane
     """The busiest lane. All lanes work at the same time at best, so it sets the pace that can be reached."""
@@ -147,6 +154,8 @@ class Report:
     counters: Counters
     tuning: tuple[str, ...] = ()
     """What `pipelining="auto"` tried, what came of it, and what it ended with."""
+    truncated: bool = False
+    """Whether only the last part of the run was recorded: all but the counters are about that part."""
 
     @property
     def throughput(self) -> float:
@@ -155,7 +164,7 @@ class Report:
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the run during which the device was busy: the share of its ceiling that was reached."""
+        """Share of the run, from its first span to its last, during which the device was busy: of its ceiling."""
         return share_of(self.device.busy, self.seconds) if self.device else None
 
     @property
@@ -186,7 +195,10 @@ class Report:
         if self.device is None:
             return f"{line}, judged by the host alone"
         line += f": device busy {self.efficiency:.0%}"
-        return line if self.main_cause is None else f"{line}, idle mostly for {self.main_cause.label}"
+        if self.main_cause is None:
+            return line
+        how_much = "mostly" if self.main_cause == self.causes[0] else "in part"
+        return f"{line}, idle {how_much} for {self.main_cause.label}"
 
     def as_dict(self) -> dict[str, Any]:
         """Fields, and the properties worth having beside them, as JSON values."""
@@ -238,6 +250,7 @@ class Report:
             bound_seconds=data["bound_seconds"],
             counters=Counters(**data["counters"]),
             tuning=tuple(data.get("tuning", ())),
+            truncated=data.get("truncated", False),
         )
 
     def __rich__(self) -> "RenderableType":

@@ -100,6 +100,11 @@ class LaneTrace:
         """`function`, with a span around each call."""
         return partial(self.timed, stage, function)
 
+    @property
+    def full(self) -> bool:
+        """Whether older spans may have made room for newer ones."""
+        return len(self._records) == self._records.maxlen
+
     def spans(self) -> list[Span]:
         """What was recorded, in the order in which it ended."""
         return [Span(stage, self._lane, start, end, batch) for stage, start, end, batch in self._records]

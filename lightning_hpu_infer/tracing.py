@@ -1,5 +1,7 @@
 """A traced run: from the first span to the files that show where its time went."""
 
+import math
+import os
 from bisect import bisect
 from dataclasses import replace
 from importlib.util import find_spec
@@ -10,11 +12,12 @@ from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana, chrome
+from lightning_hpu_infer.advice import Setup
 from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.report import Counters, Report
 from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
-from lightning_hpu_infer.tuning import DepthTuner
+from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
 _STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
@@ -34,6 +37,7 @@ class TracedRun:
     def __init__(self, config: InferenceConfig, trainer: Trainer) -> None:
         self.trace = Trace()
         self._config = config
+        self._trainer = trainer
         self._on_hpu = trainer.strategy.root_device.type == _habana.DEVICE_TYPE
         self.spans: list[Span] = []
 
@@ -48,18 +52,27 @@ class TracedRun:
 
     def finish(self, counters: Counters, tuner: DepthTuner | None) -> Report | None:
         """End the recording and judge the run. None if there was no batch."""
-        tuning = tuner.summary() if tuner is not None else ()
-        self.spans = self.trace.spans()
-        launched = {span.batch for span in self.spans if span.stage == Stage.LAUNCH}
+        spans = self.trace.spans()
+        launched = {span.batch for span in spans if span.stage == Stage.LAUNCH}
         # The fetch that finds the end of the data, say, is for no batch.
-        self.spans = [span if span.batch in launched else replace(span, batch=None) for span in self.spans]
+        spans = [span if span.batch in launched else replace(span, batch=None) for span in spans]
         measured_on = "cpu"
         if self._on_hpu:
             measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
-            self.spans += _device_spans(_habana.stop_timeline(), self.spans)
+            spans += _device_spans(_habana.stop_timeline(), spans)
+        known_from = self._known_from()
+        self.spans = [span for span in spans if span.start >= known_from]
         if not launched:
             return None
-        return analyse(self.spans, config=self._config, counters=counters, measured_on=measured_on, tuning=tuning)
+        return analyse(
+            self.spans,
+            config=self._as_it_ran(tuner),
+            setup=self._setup(),
+            counters=counters,
+            measured_on=measured_on,
+            tuning=tuner.summary() if tuner is not None else (),
+            truncated=len(self.spans) < len(spans),
+        )
 
     def write(self, report: Report, folder: Path) -> None:
         """Write `trace.json` for Perfetto, `report.json`, and the timeline as `timeline.png` and `timeline.svg`.
@@ -79,6 +92,25 @@ class TracedRun:
                 plots.timeline(self.spans, folder / f"timeline.{suffix}", title=report.summary)
         rank_zero_info(
             f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), timeline.png."
+        )
+
+    def _known_from(self) -> float:
+        """From when on the spans of all threads are known. Of a long run the oldest are gone, thread by thread."""
+        oldest = [lane.spans()[0] for lane in (self.trace.prefetch, self.trace.main) if lane.full]
+        return max((span.end for span in oldest), default=-math.inf)
+
+    def _as_it_ran(self, tuner: DepthTuner | None) -> InferenceConfig:
+        """The flags with the depths that there were in the end: `prefetch` is 0 where no thread ran."""
+        config, device = self._config, self._trainer.strategy.root_device
+        depths = tuner.depths if tuner is not None else Depths(config.ahead(device.type), config.in_flight)
+        threaded = any(span.lane == Lane.PREFETCH for span in self.spans)
+        return replace(config, prefetch=depths.prefetch if threaded else 0, in_flight=depths.in_flight)
+
+    def _setup(self) -> Setup:
+        return Setup(
+            precision=str(self._trainer.precision),
+            progress_bar=self._trainer.progress_bar_callback is not None,
+            cores=os.cpu_count() or 0,
         )
 
 

@@ -48,7 +48,7 @@ def test_what_is_written_in_the_picture(tmp_path: Path) -> None:
         "main thread",
         "device",
         "copy to host",
-        "fetch + launch 8.7 ms",
+        "fetch + launch 9.7 ms",
         "one colour and number per batch",
         "L: launch",
     ):
