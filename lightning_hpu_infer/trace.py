@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from math import inf
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -101,9 +102,9 @@ class LaneTrace:
         return partial(self.timed, stage, function)
 
     @property
-    def full(self) -> bool:
-        """Whether older spans may have made room for newer ones."""
-        return len(self._records) == self._records.maxlen
+    def known_from(self) -> float:
+        """From when on everything is there: the oldest spans of a long run have made room for newer ones."""
+        return self._records[0][2] if len(self._records) == self._records.maxlen else -inf
 
     def spans(self) -> list[Span]:
         """What was recorded, in the order in which it ended."""

@@ -1,6 +1,5 @@
 """A traced run: from the first span to the files that show where its time went."""
 
-import math
 import os
 from bisect import bisect
 from dataclasses import replace
@@ -60,7 +59,8 @@ class TracedRun:
         if self._on_hpu:
             measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
             spans += _device_spans(_habana.stop_timeline(), spans)
-        known_from = self._known_from()
+        # What one thread only still knows of would look as if the others had done nothing.
+        known_from = max(self.trace.prefetch.known_from, self.trace.main.known_from)
         self.spans = [span for span in spans if span.start >= known_from]
         if not launched:
             return None
@@ -93,11 +93,6 @@ class TracedRun:
         rank_zero_info(
             f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), timeline.png."
         )
-
-    def _known_from(self) -> float:
-        """From when on the spans of all threads are known. Of a long run the oldest are gone, thread by thread."""
-        oldest = [lane.spans()[0] for lane in (self.trace.prefetch, self.trace.main) if lane.full]
-        return max((span.end for span in oldest), default=-math.inf)
 
     def _as_it_ran(self, tuner: DepthTuner | None) -> InferenceConfig:
         """The flags with the depths that there were in the end: `prefetch` is 0 where no thread ran."""

@@ -2,19 +2,24 @@ import dataclasses
 import io
 import json
 import random
+from collections import deque
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from lightning_hpu_infer import HPUInferenceAccelerator, chrome, trace, tracing
 from lightning_hpu_infer.advice import Setup
 from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.gaps import device_gaps, timeline
 from lightning_hpu_infer.report import Cause, Counters, Report, Severity, Verdict
 from lightning_hpu_infer.trace import Lane, Span, Stage
+from tests.helpers import Net, predict, rows
 
 OFF = InferenceConfig(hpu_graphs=False, async_copy=False, pipelining=False)
 ON = InferenceConfig()
@@ -660,3 +665,61 @@ def printed(report: Report) -> str:
     console.print(report)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.usefixtures("emulated")
+def test_of_a_long_run_the_part_that_all_threads_kept_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = HPUInferenceAccelerator(trace=tmp_path)
+    predict(whole, Net(), rows(200, 2))
+    monkeypatch.setattr(trace, "deque", lambda maxlen: deque(maxlen=150))
+    long = HPUInferenceAccelerator(trace=tmp_path)
+    predict(long, Net(), rows(200, 2))
+    assert whole.report is not None
+    assert long.report is not None
+    assert (whole.report.truncated, whole.report.batches) == (False, 100)
+    assert long.report.truncated
+    assert 10 < long.report.batches < 40
+    spans, _ = chrome.read(tmp_path / "trace.json")
+    # The thread made fewer spans per batch, and so has kept older batches than the main thread.
+    begins = [min(span.start for span in spans if span.lane == lane) for lane in Lane]
+    assert max(begins) - min(begins) < 0.2 * long.report.seconds
+    assert "Only this last part of the run was recorded" in printed(long.report)
+    assert "Only this last part" not in printed(whole.report)
+    assert Report.from_json(long.report.to_json()) == long.report
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("flags", "options", "prefetch", "in_flight"),
+    [
+        ({}, {}, 2, 1),
+        ({"prefetch": 3, "in_flight": 2}, {}, 3, 2),
+        ({"pipelining": False}, {}, 0, 1),
+        ({"pipelining": "auto"}, {}, 2, 1),
+        ({}, {"precision": "bf16-true"}, 0, 1),
+    ],
+)
+def test_advice_rests_on_what_really_ran(
+    flags: dict[str, Any],
+    options: dict[str, Any],
+    prefetch: int,
+    in_flight: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    asked: list[tuple[InferenceConfig, Setup]] = []
+
+    def analysed(spans: list[Span], *, config: InferenceConfig, setup: Setup, **others: Any) -> Report:
+        asked.append((config, setup))
+        return analyse(spans, config=config, setup=setup, **others)
+
+    monkeypatch.setattr(tracing, "analyse", analysed)
+    predict(HPUInferenceAccelerator(trace=tmp_path, **flags), Net(), rows(12, 2), **options)
+    ((config, setup),) = asked
+    assert (config.prefetch, config.in_flight) == (prefetch, in_flight)
+    assert setup.precision == options.get("precision", "32-true")
+    assert setup.may_prefetch is ("precision" not in options)
+    assert not setup.progress_bar
+    assert setup.cores >= 1
