@@ -286,8 +286,9 @@ class _Picture:
         first = row + _BOX / 2 + 0.24
         for reason in self._reasons:
             y, x = first + reason.level * _LEVEL, (reason.left + reason.right) / 2
-            half = _points(reason.text) / self._points_per_ms / 2
-            end = max(min(x, reason.middle + half), reason.middle - half)
+            # Words at the picture's edge are not below the middle of their gap.
+            near = _points(reason.text) / self._points_per_ms / 4
+            end = max(min(x, reason.middle + near), reason.middle - near)
             self._axes.plot([x, end], [row + _BOX / 2, y - 0.1], color=_IDLE, linewidth=0.6, alpha=0.7, zorder=1)
             self._axes.text(reason.middle, y, reason.text, ha="center", **words)
         if not self._all_said:

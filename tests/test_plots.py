@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -94,6 +95,74 @@ def test_many_short_idle_times_are_summed_up(tmp_path: Path) -> None:
     ]
     plots.timeline(spans, tmp_path / "run.svg", first=0, last=9)
     assert "idle in this picture: 0.5 s, for launch" in svg(tmp_path / "run.svg")
+
+
+def places(text: str) -> dict[str, tuple[float, float]]:
+    """Where words are written, in points from the top left."""
+    found = re.findall(r"<!-- ([^\n]*) -->\s*<g style=[^>]*?transform=\"translate\(([\d.]+) ([\d.]+)\)", text)
+    return {words: (float(x), float(y)) for words, x, y in found}
+
+
+def test_all_idle_time_of_the_device_is_drawn_and_named(tmp_path: Path) -> None:
+    """Before its first program and after its last, too."""
+    spans = [
+        Span(Stage.FETCH, Lane.MAIN, 0, 4, 0),
+        Span(Stage.DEVICE, Lane.DEVICE, 4, 6, 0),
+        Span(Stage.END_HOOKS, Lane.MAIN, 6, 9, 0),
+    ]
+    plots.timeline(spans, tmp_path / "run.svg")
+    found = places(svg(tmp_path / "run.svg"))
+    assert found["fetch 4 s"][0] < found["end hooks 3 s"][0]
+
+
+def test_without_a_device_there_is_no_idle_time(tmp_path: Path) -> None:
+    plots.timeline([Span(Stage.FETCH, Lane.MAIN, 0, 4, 0)], tmp_path / "run.svg")
+    assert "idle" not in svg(tmp_path / "run.svg")
+
+
+def test_compilation_is_drawn_as_idle_time(tmp_path: Path) -> None:
+    spans = [
+        Span(Stage.DEVICE, Lane.DEVICE, 0, 3, 0),
+        Span(Stage.COMPILE, Lane.DEVICE, 3, 7, 1),
+        Span(Stage.DEVICE, Lane.DEVICE, 7, 10, 1),
+    ]
+    plots.timeline(spans, tmp_path / "run.svg")
+    text = svg(tmp_path / "run.svg")
+    assert {"compile 1", "compile 4 s"} <= places(text).keys()
+    # One of either batch, and the legend's.
+    colours = [text.count(f"fill: {colour}; stroke: #222222") for colour in plots._COLOURS[:2]]
+    assert colours == [2, 1]
+
+
+def test_words_of_an_outer_stage_make_room_for_those_of_an_inner_one(tmp_path: Path) -> None:
+    spans = [
+        Span(Stage.LAUNCH, Lane.MAIN, 0, 4, 0),
+        Span(Stage.REPLAY, Lane.MAIN, 0, 4, 0),
+        Span(Stage.END_HOOKS, Lane.MAIN, 4, 8, 0),
+    ]
+    plots.timeline(spans, tmp_path / "run.svg")
+    found = places(svg(tmp_path / "run.svg"))
+    assert found["launch 0"][1] + 5 < found["end hooks 0"][1] < found["replay 0"][1] - 5
+
+
+def test_a_line_leads_from_each_idle_time_to_its_words(tmp_path: Path) -> None:
+    spans = [
+        Span(Stage.LAUNCH, Lane.MAIN, 0, 1.5, 0),
+        Span(Stage.DEVICE, Lane.DEVICE, 1.5, 98.5, 0),
+        Span(Stage.END_HOOKS, Lane.MAIN, 98.5, 100, 0),
+    ]
+    plots.timeline(spans, tmp_path / "run.svg")
+    text = svg(tmp_path / "run.svg")
+    found = places(text)
+    lines = re.findall(
+        r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"[^>]*?style="fill: none; stroke: #b3202a', text
+    )
+    assert len(lines) == 2
+    for line, words in zip(
+        sorted(lines, key=lambda line: float(line[0])), ("launch 1.5 s", "end hooks 1.5 s"), strict=True
+    ):
+        x, width = found[words][0], plots._points(words)
+        assert x + 0.2 * width < float(line[2]) < x + 0.8 * width
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
