@@ -1,8 +1,10 @@
 """The command line: each command parses, calls one function of the library, and prints."""
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -55,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Large traces are millions of objects and no garbage: to look through them again and again is half of the work."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collections()
 def _diagnose(options: argparse.Namespace) -> int:
     spans, report, skipped = diagnose(options.trace)
     if skipped:

@@ -56,6 +56,7 @@ def diagnose(path: str | PathLike[str]) -> Diagnosed:
         stored = _stored_report(about)
     else:
         spans, measured_on, skipped = from_profiler(document)
+    del document  # by far the largest of all that is made here
     if not spans:
         raise chrome.TraceFileError(f"{path} has no event of a host thread or a device: record at least one batch.")
     # A report made after the run knows its flags and counters, which spans do not tell.
@@ -64,9 +65,11 @@ def diagnose(path: str | PathLike[str]) -> Diagnosed:
 
 def _stored_report(about: Mapping[str, Any]) -> Report | None:
     try:
-        return Report.from_dict(about["report"])
-    except (KeyError, TypeError, ValueError):
+        report = Report.from_dict(about["report"])
+        report.__rich__()  # what cannot be printed is no report, whatever its fields are called
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         return None  # of another version, or none was made
+    return report
 
 
 class _Event(NamedTuple):

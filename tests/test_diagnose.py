@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import math
@@ -284,9 +285,23 @@ def test_a_trace_is_read_once_so_it_may_come_through_a_pipe() -> None:
 def test_our_own_trace_keeps_its_report(tmp_path: Path) -> None:
     chrome.write(SPANS, tmp_path / "trace.json", {"report": REPORT.as_dict()})
     assert diagnose(tmp_path / "trace.json") == (SPANS, REPORT, 0)
-    for about in ({}, {"report": {"of": "another version"}}, {"report": None}):
-        chrome.write(SPANS, tmp_path / "trace.json", about)
-        assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS), 0)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"report": None},
+        {"report": {"of": "another version"}},
+        {"report": REPORT.as_dict() | {"seconds": "a few"}},
+        {"report": REPORT.as_dict() | {"batches": None}},
+        {"report": REPORT.as_dict() | {"counters": {"of": "another version"}}},
+        {"report": REPORT.as_dict() | {"stages": ["of another version"]}},
+    ],
+)
+def test_a_report_that_is_none_is_made_anew(tmp_path: Path, about: dict[str, Any]) -> None:
+    chrome.write(SPANS, tmp_path / "trace.json", about)
+    assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS), 0)
 
 
 def test_the_command_prints_plots_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,11 +356,15 @@ def test_mistakes_in_options_are_exit_code_2(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+
     def interrupted(path: str) -> None:
+        collected.append(gc.isenabled())
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "diagnose", interrupted)
     assert main(["diagnose", "trace.json"]) == 130
+    assert [*collected, gc.isenabled()] == [False, True]
 
 
 def test_python_dash_m(tmp_path: Path) -> None:
