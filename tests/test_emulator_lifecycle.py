@@ -38,7 +38,7 @@ def test_uninstall_puts_everything_back(lazy: bool) -> None:
     for _ in range(3):
         emulator.install(EmulatorConfig(lazy=lazy))
         assert emulator.is_installed()
-        assert os.environ["PT_HPU_LAZY_MODE"] == str(int(lazy))
+        assert os.environ.get("PT_HPU_LAZY_MODE") == (None if lazy else "0")
         x = torch.ones(2).to("hpu") + 1
         assert x.tolist() == [2.0, 2.0]
         emulator.uninstall()
@@ -49,6 +49,36 @@ def test_uninstall_puts_everything_back(lazy: bool) -> None:
         with pytest.raises((RuntimeError, ModuleNotFoundError)):
             torch.ones(2).to("hpu")
     emulator.uninstall()
+
+
+@pytest.mark.parametrize(
+    ("value", "lazy", "inside"),
+    [
+        ("0", None, "0"),
+        ("1", None, "1"),
+        ("banana", None, "banana"),  # all but 0 is lazy to the bridge's Python
+        ("0", True, "1"),
+        ("1", False, "0"),
+        ("0", False, "0"),
+        ("banana", True, "banana"),
+    ],
+)
+def test_the_mode_is_the_environments_unless_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, value: str, lazy: bool | None, inside: str
+) -> None:
+    monkeypatch.setenv("PT_HPU_LAZY_MODE", value)
+    emulator.install(None if lazy is None else EmulatorConfig(lazy=lazy))
+    try:
+        from habana_frameworks.torch.utils.internal import is_lazy
+
+        assert is_lazy() == (value != "0" if lazy is None else lazy)
+        assert hasattr(torch.get_device_module("hpu"), "HPUGraph") == is_lazy()
+        assert os.environ["PT_HPU_LAZY_MODE"] == inside
+        if lazy is None:
+            emulator.install()
+    finally:
+        emulator.uninstall()
+    assert os.environ["PT_HPU_LAZY_MODE"] == value
 
 
 def test_installing_twice() -> None:

@@ -39,7 +39,8 @@ class _Installation:
         interval = sys.getswitchinterval()
         sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_S))
         self._undo.callback(sys.setswitchinterval, interval)
-        _set_env(self._undo, _LAZY_ENV, str(int(self.config.lazy)))
+        if _environment_is_lazy() != self.config.lazy:
+            _set_env(self._undo, _LAZY_ENV, str(int(self.config.lazy)))
         sys.path.insert(0, _BRIDGE)
         self._undo.callback(lambda: sys.path.remove(_BRIDGE) if _BRIDGE in sys.path else None)
         importlib.invalidate_caches()
@@ -66,6 +67,10 @@ class _Installation:
 _installation: _Installation | None = None
 
 
+def _environment_is_lazy() -> bool:
+    return os.environ.get(_LAZY_ENV, "1") != "0"  # as the bridge's Python reads it (utils/internal.py:25-31)
+
+
 def _set_env(undo: contextlib.ExitStack, name: str, value: str) -> None:
     before = os.environ.get(name)
     os.environ[name] = value
@@ -83,12 +88,16 @@ def install(config: EmulatorConfig | None = None) -> None:
 
     Installing again with an equal configuration does nothing.
 
+    Args:
+        config: By default one with all defaults, in the mode that ``PT_HPU_LAZY_MODE`` chooses as on a real bridge.
+            A configuration that is given beats the variable, and changes it until `uninstall` where they disagree.
+
     Raises:
         RuntimeError: A real ``habana_frameworks`` is installed, the emulator runs with another configuration, or
             PyTorch is too old.
     """
     global _installation
-    config = config or EmulatorConfig()
+    config = config or EmulatorConfig(lazy=_environment_is_lazy())
     if _installation is not None:
         if _installation.config == config:
             return
