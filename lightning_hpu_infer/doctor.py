@@ -2,14 +2,16 @@
 
 import json
 import os
-import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from lightning_hpu_infer import _habana
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _PREFIXES = ("PT_HPU_", "PT_HPUGRAPH_", "HABANA_", "LIGHTNING_HPU_INFER_")
+_PACKAGE = "lightning-hpu-infer"
 _COMPROMISED = ("2.6.2", "2.6.3")
-_LIGHTNING, _NEXT_LIGHTNING, _LAST_FOR_HABANA = "2.4", "2.7", "2.5.5"
-_EMULATE = "emulate one: LIGHTNING_HPU_INFER_EMULATOR=1 in the environment"
+_LAST_FOR_HABANA = "2.5.5"
+_EMULATE = "emulate one: LIGHTNING_HPU_INFER_EMULATOR=1 in the environment (PyTorch 2.10 or newer)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ def gather_facts() -> Facts:
         except Exception as problem:  # whatever a half-installed bridge raises is a finding
             error = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
     return Facts(
-        python=platform.python_version(),
+        python="{}.{}.{}".format(*sys.version_info),
         torch=torch.__version__,
         lightning=_version("lightning"),
         lightning_habana=_version("lightning-habana"),
@@ -115,27 +118,66 @@ def gather_facts() -> Facts:
 
 def examine(facts: Facts) -> Diagnosis:
     """What works together, what does not, and the remedies."""
-    checks = (_check_lightning, _check_lightning_habana, _check_bridge, _check_graphs)
+    checks = (
+        _check_compromised,
+        _check_versions,
+        _check_lightning_habana,
+        _check_bridge,
+        _check_mode,
+        _check_graphs,
+    )
     return Diagnosis(facts, tuple(finding for check in checks for finding in check(facts)))
 
 
-def _check_lightning(facts: Facts) -> Iterator[Finding]:
-    remedy = "Install one from 2.4 to 2.6: pip install 'lightning>=2.4,<2.7,!=2.6.2,!=2.6.3'"
-    if facts.lightning is None:
-        yield Finding(Level.ERROR, "Lightning is not installed.", remedy)
-    elif facts.lightning in _COMPROMISED:
+def _check_compromised(facts: Facts) -> Iterator[Finding]:
+    if facts.lightning in _COMPROMISED:
         text = f"Lightning {facts.lightning} was a compromised release. Treat this machine's credentials as leaked."
         yield Finding(Level.ERROR, text, "Install another: pip install 'lightning==2.6.6'")
-    elif not _between(facts.lightning, _LIGHTNING, _NEXT_LIGHTNING):
-        yield Finding(Level.ERROR, f"Lightning {facts.lightning} is not supported.", remedy)
-    else:
-        yield Finding(Level.OK, f"Lightning {facts.lightning} is supported.")
+
+
+def _check_versions(facts: Facts) -> Iterator[Finding]:
+    bounds = _bounds()
+    if bounds is None:
+        text = f"{_PACKAGE} is importable, but not installed: which versions it supports is not known."
+        yield Finding(Level.WARNING, text, "Install it, where its sources are: pip install .")
+        return
+    python, torch, lightning = (bounds[name] for name in ("python", "torch", "lightning"))
+    yield _check_version("Python", facts.python, python, f"Use Python {python}")
+    remedy = f"Use a newer Gaudi image; without a Gaudi: pip install 'torch{torch}'"
+    yield _check_version("PyTorch", facts.torch, torch, remedy)
+    if facts.lightning not in _COMPROMISED:
+        remedy = f"Install one that is: pip install 'lightning{lightning}'"
+        yield _check_version("Lightning", facts.lightning, lightning, remedy)
+
+
+def _check_version(name: str, found: str | None, bounds: SpecifierSet, remedy: str) -> Finding:
+    if found is None:
+        return Finding(Level.ERROR, f"{name} is not installed.", remedy)
+    try:
+        # The release alone: Habana's torch 2.4.0a0+git74cd574 is its build of 2.4.0, no alpha.
+        supported = Version(found).base_version in bounds
+    except InvalidVersion:
+        supported = False
+    if not supported:
+        return Finding(Level.ERROR, f"{name} {found} is not supported.", remedy)
+    return Finding(Level.OK, f"{name} {found} is supported.")
+
+
+def _bounds() -> dict[str, SpecifierSet] | None:
+    """What the installed package demands: its bounds are written in setup.cfg, and nowhere else."""
+    try:
+        package = metadata(_PACKAGE)
+    except PackageNotFoundError:
+        return None
+    requirements = map(Requirement, package.get_all("Requires-Dist", []))
+    bounds = {requirement.name: requirement.specifier for requirement in requirements if requirement.marker is None}
+    return bounds | {"python": SpecifierSet(package["Requires-Python"])}
 
 
 def _check_lightning_habana(facts: Facts) -> Iterator[Finding]:
     if facts.lightning_habana is None or facts.lightning is None:
         return
-    if _between(facts.lightning, "0", _LAST_FOR_HABANA, inclusive=True):
+    if _is_at_most(facts.lightning, _LAST_FOR_HABANA):
         yield Finding(Level.OK, f"lightning-habana {facts.lightning_habana} works with Lightning {facts.lightning}.")
         return
     yield Finding(
@@ -180,6 +222,17 @@ def _check_bridge(facts: Facts) -> Iterator[Finding]:
         yield Finding(Level.OK, f"predict runs on {kind}: {facts.device_count} found{name}.")
 
 
+def _check_mode(facts: Facts) -> Iterator[Finding]:
+    mode = facts.environment.get("PT_HPU_LAZY_MODE", "1")
+    if mode not in ("0", "1"):
+        yield Finding(
+            Level.WARNING,
+            # Its `is_lazy()` asks whether it is not 0; autoloading and `ModuleCacher` ask whether it is 1.
+            f"PT_HPU_LAZY_MODE={mode} is neither 0 nor 1: parts of the bridge take it for lazy mode, others do not.",
+            "Set it to 1 for lazy mode, the one with HPU graphs, or to 0 for eager mode",
+        )
+
+
 def _check_graphs(facts: Facts) -> Iterator[Finding]:
     if facts.lazy is None:
         return
@@ -201,12 +254,11 @@ def _check_graphs(facts: Facts) -> Iterator[Finding]:
         yield Finding(Level.OK, "The bridge is in lazy mode: `hpu_graphs=True` captures HPU graphs.")
 
 
-def _between(found: str, low: str, high: str, *, inclusive: bool = False) -> bool:
+def _is_at_most(found: str, last: str) -> bool:
     try:
-        release = Version(found)
+        return Version(found) <= Version(last)
     except InvalidVersion:
         return False
-    return Version(low) <= release and (release <= Version(high) if inclusive else release < Version(high))
 
 
 def _is_fork(torch_version: str) -> bool:

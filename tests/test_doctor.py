@@ -1,11 +1,15 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from rich.console import Console
 
-from lightning_hpu_infer import _habana
+from lightning_hpu_infer import _habana, doctor
 from lightning_hpu_infer.cli import main
 from lightning_hpu_infer.doctor import Diagnosis, Facts, Level, examine, gather_facts
 
@@ -20,6 +24,7 @@ GAUDI = Facts(
     lazy=True,
     environment={"PT_HPU_LAZY_MODE": "1"},
 )
+LIGHTNING = "pip install 'lightning!=2.6.2,!=2.6.3,<2.7,>=2.4'"
 LAPTOP = Facts(python="3.13.1", torch="2.13.0+cpu", lightning="2.6.6")
 
 
@@ -55,10 +60,14 @@ def test_an_emulated_device_is_called_emulated() -> None:
     [
         ({"lightning": "2.6.2", "lightning_habana": None}, Level.ERROR, "compromised", "2.6.6"),
         ({"lightning": "2.6.3", "lightning_habana": None}, Level.ERROR, "compromised", "2.6.6"),
-        ({"lightning": "2.3.3"}, Level.ERROR, "2.3.3 is not supported", "lightning>=2.4"),
-        ({"lightning": "2.7.0", "lightning_habana": None}, Level.ERROR, "2.7.0 is not supported", "lightning>=2.4"),
-        ({"lightning": "of mine", "lightning_habana": None}, Level.ERROR, "of mine is not supported", "lightning>=2.4"),
-        ({"lightning": None}, Level.ERROR, "not installed", "lightning>=2.4"),
+        ({"lightning": "2.3.3"}, Level.ERROR, "Lightning 2.3.3 is not supported", LIGHTNING),
+        ({"lightning": "2.7.0", "lightning_habana": None}, Level.ERROR, "Lightning 2.7.0 is not supported", LIGHTNING),
+        ({"lightning": "of mine", "lightning_habana": None}, Level.ERROR, "of mine is not supported", LIGHTNING),
+        ({"lightning": None}, Level.ERROR, "Lightning is not installed", LIGHTNING),
+        ({"torch": "2.1.0+hpu"}, Level.ERROR, "PyTorch 2.1.0+hpu is not supported", "torch>=2.4"),
+        ({"torch": "2.3.1a0+git4952fce"}, Level.ERROR, "PyTorch 2.3.1a0+git4952fce is not supported", "torch>=2.4"),
+        ({"torch": "parrot"}, Level.ERROR, "PyTorch parrot is not supported", "Gaudi image"),
+        ({"python": "3.8.0"}, Level.ERROR, "Python 3.8.0 is not supported", ">=3.10"),
         ({"lightning": "2.6.6"}, Level.WARNING, "cannot be imported beside Lightning 2.6.6", "lightning==2.5.5"),
         ({"bridge": None, "device_count": 0, "lazy": None}, Level.ERROR, "is not installed", "EMULATOR=1"),
         ({"device_count": 0}, Level.ERROR, "finds no device", "hl-smi"),
@@ -70,7 +79,17 @@ def test_an_emulated_device_is_called_emulated() -> None:
         ),
         ({"error": "OSError: libSynapse.so", "device_count": 0, "lazy": None}, Level.ERROR, "libSynapse.so", "hl-smi"),
         ({"lazy": False}, Level.WARNING, "eager mode", "PT_HPU_LAZY_MODE=1"),
-        ({"environment": {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": "0"}}, Level.ERROR, "overwrite your batches", "Unset it"),
+        ({"environment": {"PT_HPU_LAZY_MODE": "banana"}}, Level.WARNING, "=banana is neither 0 nor 1", "Set it to 1"),
+        ({"environment": {"PT_HPU_LAZY_MODE": ""}}, Level.WARNING, "PT_HPU_LAZY_MODE= is neither", "Set it to 1"),
+        *(
+            (
+                {"environment": {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": value}},
+                Level.ERROR,
+                f"={value} lets graphs overwrite your batches",
+                "Unset it",
+            )
+            for value in ("0", "", "true", "01")
+        ),
     ],
 )
 def test_what_does_not_work_together_comes_with_a_remedy(
@@ -85,6 +104,36 @@ def test_what_does_not_work_together_comes_with_a_remedy(
     assert remedy in printed(diagnosis)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"torch": "2.4.0a0+git74cd574"},  # of Habana's 1.18: an alpha by its name only
+        {"torch": "2.4.0"},
+        {"torch": "3.0.0+hpu"},
+        {"lightning": "2.4.0"},
+        {"lightning": "2.6.6", "lightning_habana": None},
+        {"python": "3.10.0"},
+        {"python": "3.15.0"},
+    ],
+)
+def test_the_bounds_are_supported(changes: dict[str, object]) -> None:
+    facts = dataclasses.replace(GAUDI, **changes)  # type: ignore[arg-type]
+    assert levels(examine(facts)) == {Level.OK}
+
+
+def test_without_the_packages_metadata_nothing_is_known_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> None:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor, "metadata", missing)
+    diagnosis = examine(dataclasses.replace(GAUDI, torch="2.1.0+hpu"))
+    assert diagnosis.healthy
+    [unknown] = [finding for finding in diagnosis.findings if finding.level != Level.OK]
+    assert "but not installed" in unknown.text
+    assert "pip install" in unknown.remedy
+    assert not examine(dataclasses.replace(GAUDI, lightning="2.6.2")).healthy
+
+
 def test_stock_torch_is_fine_in_eager_mode() -> None:
     facts = dataclasses.replace(GAUDI, torch="2.7.1+cpu", lazy=False, environment={"PT_HPU_LAZY_MODE": "0"})
     assert examine(facts).healthy
@@ -95,6 +144,29 @@ def test_on_the_cpu_the_exit_code_is_1(capsys: pytest.CaptureFixture[str]) -> No
         pytest.skip("this machine has Habana's bridge")
     assert main(["doctor"]) == 1
     assert "would not run on an HPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "finding"),
+    [
+        (None, "lazy", "captures HPU graphs"),
+        ("1", "lazy", "captures HPU graphs"),
+        ("0", "eager", "is in eager mode"),
+        ("banana", "lazy", "PT_HPU_LAZY_MODE=banana is neither 0 nor 1"),
+    ],
+)
+def test_the_emulator_of_the_environment_has_the_mode_of_the_environment(
+    value: str | None, mode: str, finding: str
+) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "PT_HPU_LAZY_MODE"}
+    environment |= {"LIGHTNING_HPU_INFER_EMULATOR": "1"} | ({"PT_HPU_LAZY_MODE": value} if value else {})
+    command = [sys.executable, "-m", "lightning_hpu_infer", "doctor", "--json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    data = json.loads(run.stdout)
+    assert data["facts"]["lazy"] == (mode == "lazy")
+    assert data["facts"]["environment"].get("PT_HPU_LAZY_MODE") == value
+    assert any(finding in found["text"] for found in data["findings"])
 
 
 @pytest.mark.usefixtures("emulated")
