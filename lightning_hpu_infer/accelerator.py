@@ -90,7 +90,7 @@ class HPUInferenceAccelerator(Accelerator):
         bucket_multiple: int = 8,
         pad_spec: PadSpec | Literal["tokenizer"] | None = None,
         warm_up: bool = False,
-        group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None,
+        group_by_length: str | Sequence[int] | Callable[[Any], int] | None = None,
         depth_memory: int = 2**30,
         trace: str | PathLike[str] | None = None,
     ) -> None:

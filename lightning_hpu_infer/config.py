@@ -78,7 +78,7 @@ class InferenceConfig:
     warm_up: bool = False
     """Run every bucket before the first batch, so that none is captured later. Used with `bucket_lengths`."""
 
-    group_by_length: str | Callable[[Any], int] | Sequence[int] | None = None
+    group_by_length: str | Sequence[int] | Callable[[Any], int] | None = None
     """Predict samples of like lengths together: a key or a function that gives a sample's length, or one length per
     sample. Predictions come back in the dataset's order."""
 

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 
 from lightning_hpu_infer.shapes import parts_of, with_parts
 
-GroupBy = str | Callable[[Any], int] | Sequence[int]
+GroupBy = str | Sequence[int] | Callable[[Any], int]
 """How to tell a sample's length: a key of the sample, a function of the sample, or one length per sample."""
 
 _OFF = "or pass `group_by_length=None`"
