@@ -145,7 +145,7 @@ def test_rule_11_after_random_faults_nothing_is_left_and_the_next_run_is_right(s
         except error as raised:
             surfaced += 1
             assert str(raised) == f"in {fault.stage}", what
-        assert threading.active_count() == threads, what
+        assert threading.active_count() <= threads, what  # one of an earlier test may end meanwhile
         assert "predict_step" not in vars(ours.strategy), what
         assert not any("forward" in vars(child) for child in module.modules()), what
         assert not GraphedForward._capturing, what
