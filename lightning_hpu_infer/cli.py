@@ -73,7 +73,7 @@ def _no_collections() -> Iterator[None]:
 def _diagnose(options: argparse.Namespace) -> int:
     spans, report, skipped = diagnose(options.trace)
     if skipped:
-        _complain(f"warning: {skipped} broken events of {options.trace} were skipped.")
+        _complain(f"warning: broken events of {options.trace} that were skipped: {skipped}")
     if options.json == "-":
         sys.stdout.write(report.to_json() + "\n")
     else:

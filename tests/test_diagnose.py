@@ -255,7 +255,7 @@ def test_the_command_tells_how_many_events_it_skipped(tmp_path: Path, capsys: py
     assert main(["diagnose", str(path), "--json", "-"]) == 0
     out, error = capsys.readouterr()
     assert Report.from_json(out).batches == 5
-    assert error == f"warning: 2 broken events of {path} were skipped.\n"
+    assert error == f"warning: broken events of {path} that were skipped: 2\n"
 
 
 def test_what_else_a_file_may_get_wrong_breaks_nothing() -> None:
