@@ -43,7 +43,8 @@ def advise(report: Report, config: InferenceConfig | None, setup: Setup) -> str:
     if device is not None and device.mostly_outside and device.before >= device.after:
         return (
             f"{device.before:.3g} s of {report.seconds:.3g} s passed before the device's first program, and it was"
-            f" idle above all for {report.causes[0].label}. Predict more batches in one run, or make that beginning cheaper."
+            f" idle above all for {report.causes[0].label}. Predict more batches in one run, or make that beginning"
+            " cheaper."
         )
     flag = None
     # On the CPU no device waits, and no flag makes the host work less.

@@ -90,7 +90,7 @@ def work_of(
 
 
 def _saturated(lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float, float]]) -> Lane | None:
-    """The thread or queue beside the main thread that sets the pace of the others, if one does.
+    """The thread or queue that sets the pace of the others, if one does.
 
     A lane that has little to do is held up by the others: a full queue lets no thread run ahead.
     """
@@ -105,8 +105,7 @@ def _saturated(lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float
         return None
     work = work_of(lanes, programs, start, end)
     busiest = max(work, key=lambda lane: work[lane])
-    beside = busiest not in (Lane.MAIN, Lane.DEVICE)
-    return busiest if beside and work[busiest] >= _SATURATED * (end - start) > 0 else None
+    return busiest if work[busiest] >= _SATURATED * (end - start) > 0 else None
 
 
 def cut_by(pieces: list[Piece], unclear: Stage | None, lane: list[Piece]) -> list[Piece]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Trainer
 from rich.console import Console
 
 from lightning_hpu_infer import HPUInferenceAccelerator, chrome, trace, tracing
@@ -19,6 +20,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.gaps import device_gaps, timeline
 from lightning_hpu_infer.report import Cause, Counters, Report, Severity, Verdict
 from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.tuning import Depths, DepthTuner
 from tests.helpers import Net, predict, rows
 
 OFF = InferenceConfig(hpu_graphs=False, async_copy=False, pipelining=False)
@@ -723,3 +725,14 @@ def test_advice_rests_on_what_really_ran(
     assert setup.may_prefetch is ("precision" not in options)
     assert not setup.progress_bar
     assert setup.cores >= 1
+
+
+def test_advice_rests_on_the_depths_that_a_run_ended_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[InferenceConfig] = []
+    monkeypatch.setattr(tracing, "analyse", lambda spans, config, **_: asked.append(config))
+    traced = tracing.TracedRun(InferenceConfig(pipelining="auto"), Trainer(accelerator="cpu", logger=False))
+    traced.trace.prefetch.timed(S.FETCH, int)
+    traced.trace.main.batch = 0
+    traced.trace.main.timed(S.LAUNCH, int)
+    traced.finish(Counters(), DepthTuner(Depths(8, 3), budget=1))
+    assert (asked[0].prefetch, asked[0].in_flight) == (8, 3)
