@@ -56,7 +56,7 @@ def render(report: Report) -> RenderableType:
     colour = _COLOURS[report.severity]
     title = Text(report.summary, style=f"bold {colour}")
     advice = Text.assemble(("Next: ", "bold"), report.advice)
-    where = f"measured on {report.measured_on}" if report.measured_on else None
+    where = Text(f"measured on {report.measured_on}") if report.measured_on else None  # a foreign trace's own words
     return Panel(
         Group(Text("\n".join(lines)), *parts, advice), title=title, subtitle=where, border_style=colour, expand=False
     )

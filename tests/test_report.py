@@ -605,6 +605,10 @@ def test_no_flag_of_ours_is_proposed_to_a_run_of_another_program(name: str) -> N
         advice = analyse(spans, measured_on="NVIDIA A100").advice
         for flag in ("=True", "prefetch", "in_flight", "`bucket_lengths`", "`max_graphs`"):
             assert flag not in advice
+    between = [Span(S.DEVICE, Lane.DEVICE, k, k + 0.5, k) for k in range(9)]
+    launched = [Span(S.LAUNCH, Lane.MAIN, k - 0.5, k, k) for k in range(9)]
+    assert "graph" not in analyse(between).advice
+    assert "as a graph (on a Gaudi" in analyse(between + launched).advice
 
 
 def test_copies_have_a_bandwidth() -> None:
@@ -736,3 +740,8 @@ def test_advice_rests_on_the_depths_that_a_run_ended_with(monkeypatch: pytest.Mo
     traced.trace.main.timed(S.LAUNCH, int)
     traced.finish(Counters(), DepthTuner(Depths(8, 3), budget=1))
     assert (asked[0].prefetch, asked[0].in_flight) == (8, 3)
+
+
+def test_the_name_of_a_foreign_device_is_no_markup() -> None:
+    report = analyse(stock(4, Times({S.DEVICE: 5})), measured_on="[/x]")
+    assert "measured on [/x]" in printed(report)

@@ -213,7 +213,7 @@ def test_yaml_with_accelerator_and_strategy_and_its_device(emulated: None, tmp_p
     assert_predicted_on_hpu(cli)
 
 
-@pytest.mark.filterwarnings("ignore")  # as an error, jsonargparse's warning would be its way to the next type of a union
+@pytest.mark.filterwarnings("ignore")  # as an error, jsonargparse's warning would lead it to the union's next type
 def test_the_configuration_that_a_run_saved_repeats_it(emulated: None, tmp_path: Path) -> None:
     first = run_cli(tmp_path, write(tmp_path, accelerator_yaml(OTHER_VALUES)), saves_config=True)
     second = run_cli(tmp_path, f"--config={tmp_path / 'config.yaml'}")
