@@ -177,7 +177,7 @@ def _launch_work(report: Report, config: InferenceConfig | None, setup: Setup, s
         return f"Make `on_predict_batch_start` hooks cheaper ({each.stage(Stage.START_HOOKS)})."
     where = "between the stages" if stage is None else "to launch"
     graph = ""
-    if config is None:
+    if config is None and stage is not None:
         # A trace that names no device may be a Gaudi's.
         gaudi = "" if report.measured_on else " (on a Gaudi, this package's `hpu_graphs=True`)"
         graph = f", or capture the network as a graph{gaudi}"
