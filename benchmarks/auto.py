@@ -1,6 +1,6 @@
 """Depths that `pipelining="auto"` chooses against fixed ones, in the mixes of `benchmarks/bound.py`. All emulated.
 
-    python -m benchmarks.auto [--batches 400] [--scale 1] [--mix MIX ...] [--json FILE]
+    python -m benchmarks.auto [--batches 450] [--scale 2] [--mix MIX ...] [--json FILE]
 
 What is shown is the steady state: the time between the ends of as many batches in every arm, without those that fill
 and drain the pipeline. Those of "auto" come at the end of its run, when it has made its choice. All arms copy outputs
@@ -67,8 +67,8 @@ def compare(mix: Mix, batches: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parser_of_mixes(__doc__, scale=1)
-    arguments.add_argument("--batches", type=int, default=400, help=f'of "auto"; the last {WINDOW} or so count')
+    arguments = parser_of_mixes(__doc__, scale=2)
+    arguments.add_argument("--batches", type=int, default=450, help=f'of "auto"; the last {WINDOW} or so count')
     options = arguments.parse_args()
     if options.batches < (least := FILL + WINDOW + DRAIN):
         arguments.error(f"--batches: at least {least}, got {options.batches}")
