@@ -5,10 +5,15 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lightning_hpu_infer import emulator
 from lightning_hpu_infer.emulator import copies, engine, runtime, streams
 from tests.helpers import Clock, installed
+
+# The machine may be busy.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True)

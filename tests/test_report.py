@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from rich.console import Console
@@ -151,7 +151,6 @@ random_spans = st.lists(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(random_spans, st.sampled_from([None, ON, OFF]))
 def test_shares_and_causes_add_up_whatever_the_spans(spans: list[Span], config: InferenceConfig | None) -> None:
     report = analyse(spans, config=config)
@@ -160,7 +159,6 @@ def test_shares_and_causes_add_up_whatever_the_spans(spans: list[Span], config: 
     assert Report.from_json(report.to_json()) == report
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(random_spans)
 def test_the_order_of_spans_does_not_matter(spans: list[Span]) -> None:
     shuffled = random.Random(0).sample(spans, len(spans))
@@ -171,7 +169,6 @@ def test_the_order_of_spans_does_not_matter(spans: list[Span]) -> None:
     }
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(random_spans)
 def test_gaps_are_where_no_program_ran(spans: list[Span]) -> None:
     programs = [span for span in spans if span.lane == Lane.DEVICE and span.stage == S.DEVICE]
