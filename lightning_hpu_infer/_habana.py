@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEVICE_TYPE = "hpu"
 
@@ -110,6 +110,36 @@ def is_view(tensor: Tensor) -> bool:
     return view_hash is None or bool(view_hash(tensor))
 
 
+@contextmanager
+def without_naming_hooks(root: nn.Module) -> Iterator[None]:
+    """Take the bridge's debugging hooks off all parts of a model, and put them on again.
+
+    In lazy mode the bridge registers hooks on every module that tell its name to a debugger. They would split a traced
+    step at every module (bridge 1.19 `core/torch_overwrites.py`, which says so itself).
+    """
+    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            found = {key: hook for key, hook in hooks.items() if _is_bridges(hook)}
+            if found:
+                taken.append((hooks, dict(hooks)))
+                for key in found:
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            now = dict(hooks)
+            hooks.clear()
+            # In their order, without those that were removed meanwhile, and with those that were added.
+            hooks.update({key: hook for key, hook in before.items() if key in now or _is_bridges(hook)})
+            hooks.update({key: hook for key, hook in now.items() if key not in before})
+
+
+def _is_bridges(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("habana_frameworks")
+
+
 def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Wrap a function of device tensors so that it is captured on its first call and replayed afterwards.
 
@@ -131,21 +161,6 @@ def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
         )
     wrap: Callable[..., Callable[..., list[Tensor]]] = _hpu().wrap_in_hpu_graph_func
     return wrap(function, disable_tensor_cache=True)
-
-
-@contextmanager
-def capture_undisturbed() -> Iterator[None]:
-    """Surround a capture with this: no garbage is collected meanwhile.
-
-    A graph that dies during the capture of another one silently ends that capture (bridge `HPUGraph.cpp`, `destroy`).
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def reset_capture(error: BaseException) -> None:

@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
-from lightning_hpu_infer.pipeline import graph_kind
+from lightning_hpu_infer.graphs import graph_kind
 from lightning_hpu_infer.report import Report
 from lightning_hpu_infer.shapes import PadSpec
 
@@ -29,9 +29,10 @@ class HPUInferenceAccelerator(Accelerator):
     stock Lightning's. Without an HPU the same code runs on the CPU.
 
     Args:
-        hpu_graphs: Capture the networks that `predict_step` calls and replay them: as HPU graphs in lazy mode, by
-            `torch.compile(backend="hpu_backend")` in eager mode. "hpu_graph" or "compile" insists on one of these;
-            "compile" also compiles on the CPU, with torch's inductor.
+        hpu_graphs: Trace `predict_step` with TorchDynamo and replay what it does: as HPU graphs in lazy mode, by
+            `hpu_backend` in eager mode. True leaves out runs too short to win back what tracing costs. "hpu_graph" or
+            "compile" insists on one of the two; "compile" also compiles on the CPU, with torch's inductor. "direct"
+            captures the modules that `graph_modules` names without TorchDynamo, unguarded and not verified.
         async_copy: Stage inputs in pinned host memory and copy them without waiting.
         pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
             "auto" begins with `prefetch` and `in_flight` and deepens them where that proves faster.
@@ -42,13 +43,12 @@ class HPUInferenceAccelerator(Accelerator):
             Lightning's hook order and device tensors. Used when `pipelining`.
         async_output: Copy outputs into pinned host memory as soon as they are computed, without waiting. Used when
             `pipelining`.
-        graph_modules: Names of the networks to capture; None finds them in the first step. Used when `hpu_graphs`.
-        max_graphs: Captured graphs per network, 1 to 65536; a new one takes the place of the least recently used.
-            Used when `hpu_graphs`.
-        graph_memory: Bytes of device memory that the graphs of a network may take; None sets no bound. Used when
+        graph_modules: Names of modules to trace by themselves instead of the whole step; "blocks" means the like
+            children of each `nn.ModuleList`. Used when `hpu_graphs`.
+        max_graphs: Captured graphs (shapes) per traced graph and set of weights, 1 to 65536. Used when `hpu_graphs`.
+        graph_memory: Bytes of device memory that these may take; None sets no bound. Used when `hpu_graphs`.
+        verify_graphs: Replays of each new graph that are compared with the plain ops, 0 to 65536. Used when
             `hpu_graphs`.
-        verify_graphs: Replays of each new graph that are compared with the plain forward, 0 to 65536; 0 believes every
-            graph. Used when `hpu_graphs`.
         pad_batch: Let a batch with fewer rows than a captured graph use it, with rows added. Used when `hpu_graphs`.
         bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says; "auto" chooses them.
         num_buckets: Lengths that "auto" chooses at most, 1 to 1024.
@@ -73,14 +73,14 @@ class HPUInferenceAccelerator(Accelerator):
     def __init__(
         self,
         *,
-        hpu_graphs: bool | Literal["hpu_graph", "compile"] = True,
+        hpu_graphs: bool | Literal["hpu_graph", "compile", "direct"] = True,
         async_copy: bool = True,
         pipelining: bool | Literal["auto"] = True,
         prefetch: int | None = None,
         in_flight: int = 1,
         defer_hooks: bool = True,
         async_output: bool = False,
-        graph_modules: Sequence[str] | None = None,
+        graph_modules: Sequence[str] | Literal["blocks"] | None = None,
         max_graphs: int = 16,
         graph_memory: int | None = None,
         verify_graphs: int = 1,

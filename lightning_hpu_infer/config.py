@@ -17,10 +17,11 @@ class InferenceConfig:
         ValueError: If a value is out of its range, or does nothing without another.
     """
 
-    hpu_graphs: bool | Literal["hpu_graph", "compile"] = True
-    """Capture the networks that `predict_step` calls and replay them: as HPU graphs in lazy mode, by
-    `torch.compile(backend="hpu_backend")` in eager mode. The two names insist on one of these; "compile" also compiles
-    on the CPU, with torch's inductor."""
+    hpu_graphs: bool | Literal["hpu_graph", "compile", "direct"] = True
+    """Trace `predict_step` with TorchDynamo and replay what it does: as HPU graphs in lazy mode, by `hpu_backend` in
+    eager mode. True leaves out runs too short to win back what tracing costs. "hpu_graph" and "compile" insist on one
+    of the two; "compile" also compiles on the CPU, with torch's inductor. "direct" captures the modules that
+    `graph_modules` names without TorchDynamo, unguarded and not verified."""
 
     async_copy: bool = True
     """Stage inputs in pinned host memory, so that their copy to the device does not hold up the host."""
@@ -45,22 +46,22 @@ class InferenceConfig:
     """Copy outputs into pinned host memory as soon as they are computed, without waiting, instead of late and waiting.
     Used when `pipelining`."""
 
-    graph_modules: Sequence[str] | None = None
-    """The networks to capture, by their names in the LightningModule. None finds them in the first step. Used when
-    `hpu_graphs`."""
+    graph_modules: Sequence[str] | Literal["blocks"] | None = None
+    """Modules to trace by themselves instead of the whole step, by their names in the LightningModule. "blocks" means
+    the children of each `nn.ModuleList` that are alike, which are traced once per kind. Used when `hpu_graphs`."""
 
     max_graphs: int = 16
-    """Captured graphs per network; a new one takes the place of the least recently used. Used when `hpu_graphs`."""
+    """Captured graphs per traced graph and set of weights, that is, shapes. Used when `hpu_graphs`."""
 
     graph_memory: int | None = None
-    """Bytes of device memory that the graphs of a network may take; None sets no bound. Used when `hpu_graphs`."""
+    """Bytes of device memory that these may take; None sets no bound. Used when `hpu_graphs`."""
 
     verify_graphs: int = 1
-    """Replays of each new graph that are compared with the plain forward, besides the capturing call. 0 believes every
-    graph. Used when `hpu_graphs`."""
+    """Replays of each new graph that are compared with the plain ops, besides the capturing call. 0 compares none.
+    Used when `hpu_graphs`."""
 
     pad_batch: bool = False
-    """Let a batch with fewer rows than a captured graph use it: rows are added to the network's inputs and cut from its
+    """Let a batch with fewer rows than a captured graph use it: rows are added to the graph's inputs and cut from its
     outputs. Used when `hpu_graphs`."""
 
     bucket_lengths: Sequence[int] | Literal["auto"] | None = None
@@ -93,8 +94,10 @@ class InferenceConfig:
             _check_type(name, getattr(self, name), bool)
         if not (type(self.pipelining) is bool or self.pipelining == "auto"):
             raise TypeError(f"`pipelining` must be True, False or 'auto', got {self.pipelining!r}.")
-        if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile")):
-            raise TypeError(f"`hpu_graphs` must be True, False, 'hpu_graph' or 'compile', got {self.hpu_graphs!r}.")
+        if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile", "direct")):
+            raise TypeError(
+                f"`hpu_graphs` must be True, False, 'hpu_graph', 'compile' or 'direct', got {self.hpu_graphs!r}."
+            )
         for name, low, high in (
             ("in_flight", 0, 1024),
             ("max_graphs", 1, 65536),
@@ -108,8 +111,12 @@ class InferenceConfig:
             _check_range("prefetch", self.prefetch, 0, 1024)
         if self.graph_memory is not None:
             _check_range("graph_memory", self.graph_memory, 1, 2**63)
-        if self.graph_modules is not None:
+        if self.graph_modules is not None and self.graph_modules != "blocks":
             self._set("graph_modules", _checked_names(self.graph_modules))
+        if self.hpu_graphs == "direct" and (self.graph_modules is None or self.graph_modules == "blocks"):
+            raise ValueError(
+                "`hpu_graphs='direct'` captures only modules that you name: pass `graph_modules=['model.encoder', ...]`."
+            )
         if self.bucket_lengths is not None and self.bucket_lengths != "auto":
             self._set("bucket_lengths", _checked_lengths(self.bucket_lengths))
         if self.pad_spec == "tokenizer":
@@ -157,7 +164,7 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"`graph_modules` must be a list of module names, got {names!r}.")
+        raise TypeError(f"`graph_modules` must be a list of module names or 'blocks', got {names!r}.")
     if not names:
         raise ValueError("`graph_modules` is empty. Name a module, or pass `hpu_graphs=False`.")
     return tuple(names)

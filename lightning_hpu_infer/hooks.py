@@ -5,6 +5,7 @@ What is called, in which order, with which profiler span and which `_current_fx_
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -183,19 +184,28 @@ def _transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     return to_host(batch) if device.type == "cpu" else move_data_to_device(batch, device)
 
 
-def step_of(strategy: Strategy) -> Hook:
-    """A strategy's `predict_step`, or the module's own where the strategy would do nothing but call it."""
-    module, precision = strategy.lightning_module, type(strategy.precision_plugin)
+def step_of(strategy: Strategy) -> tuple[Hook, Callable[[], AbstractContextManager[Any]] | None]:
+    """What `strategy.predict_step` calls, and the precision plugin's context around it, where they can be told apart.
+
+    The context is None where the plugin has none, or where a strategy's own `predict_step` enters it.
+    """
+    module, precision = strategy.lightning_module, strategy.precision_plugin
     if (
-        module is not None
-        and strategy.model is module
-        and getattr(strategy.predict_step, "__func__", None) is Strategy.predict_step
-        and precision.predict_step_context is Precision.predict_step_context
-        and precision.forward_context is Precision.forward_context
+        module is None
+        or strategy.model is not module
+        or getattr(strategy.predict_step, "__func__", None) is not Strategy.predict_step
     ):
+        return strategy.predict_step, None
+    plain = (
+        type(precision).predict_step_context is Precision.predict_step_context
+        and type(precision).forward_context is Precision.forward_context
+    )
+
+    def step(*args: Any, **kwargs: Any) -> Any:
         # Looked up at each call: a hook may replace it.
-        return lambda *args, **kwargs: module.predict_step(*args, **kwargs)
-    return strategy.predict_step
+        return module.predict_step(*args, **kwargs)
+
+    return step, None if plain else precision.predict_step_context
 
 
 def pulls_batches(module: LightningModule) -> bool:

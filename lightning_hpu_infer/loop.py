@@ -1,7 +1,7 @@
 """The Lightning side of pipelined prediction: hooks and bookkeeping around the engine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -20,9 +20,9 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers, fetched
+from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
-from lightning_hpu_infer.networks import NetworkGraphs
-from lightning_hpu_infer.pipeline import DeviceStep, InFlight, graph_kind
+from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.reorder import Reordered
 from lightning_hpu_infer.report import Counters
@@ -54,7 +54,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
     """Lightning's prediction loop with several batches under way at once."""
 
     config: InferenceConfig
-    _graphs: NetworkGraphs | None  # kept from run to run
+    _graphs: StepGraphs | None  # kept from run to run
     _buckets: Buckets | None  # likewise
     _trace: Trace | None  # of the run
     _tuner: DepthTuner | None  # likewise
@@ -79,6 +79,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
 
     def release_graphs(self) -> None:
         """Free the device memory that graphs hold between runs."""
+        if self._graphs is not None:
+            self._graphs.release()
         self._graphs = None
 
     def run(self) -> Any:
@@ -134,6 +136,8 @@ class PipelinedPredictionLoop(_PredictionLoop):
             return None
         self.reset()
         self.on_run_start()
+        if self._graphs is not None:
+            self._graphs.expect(sum(self.max_batches))
         depth, trace = self._depth(), self._trace
         self._tuner = None
         if self.config.pipelining == "auto":
@@ -431,24 +435,37 @@ class PipelinedPredictionLoop(_PredictionLoop):
             yield
             return
         graphs = self._graphs_of_run()
-        vars(strategy)["predict_step"] = DeviceStep(step_of(strategy), strategy.root_device, graphs)
-        try:
-            trace = None if self._trace is None else self._trace.main
-            with graphs.attached(trace) if graphs is not None else nullcontext():
+        step, context = step_of(strategy)
+        trace = None if self._trace is None else self._trace.main
+        with graphs.attached(step, trace) if graphs is not None else nullcontext(step) as graphed:
+            vars(strategy)["predict_step"] = DeviceStep(_inside(context, graphed), strategy.root_device)
+            try:
                 yield
-        finally:
-            del strategy.predict_step
+            finally:
+                del strategy.predict_step
 
-    def _graphs_of_run(self) -> NetworkGraphs | None:
+    def _graphs_of_run(self) -> StepGraphs | None:
         """The graphs of the run before if they are of use, else none yet."""
         module, device = self.trainer.lightning_module, self.trainer.strategy.root_device
         kind = graph_kind(device, self.config)
         if kind is None:
-            self._graphs = None
-        elif self._graphs is None or not self._graphs.serve(module, device, self.config, kind):
-            self._graphs = None  # before there are new ones
-            self._graphs = NetworkGraphs(module, device, self.config, kind)
+            self.release_graphs()
+        elif self._graphs is None or not self._graphs.can_reuse(module, device, self.config, kind):
+            self.release_graphs()  # before there are new ones
+            self._graphs = StepGraphs(module, device, self.config, kind)
         return self._graphs
+
+
+def _inside(context: Callable[[], AbstractContextManager[Any]] | None, step: Hook) -> Hook:
+    """A step that runs inside of the precision plugin's context, which is never traced."""
+    if context is None:
+        return step
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return step(*args, **kwargs)
+
+    return call
 
 
 # Stock Lightning's name, which its own tools and users' filters look for.

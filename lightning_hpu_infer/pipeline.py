@@ -2,18 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
-from typing import Any, Generic, Literal, TypeVar
+from contextlib import ExitStack
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers
-from lightning_hpu_infer.networks import NetworkGraphs
+from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.transfer import stage
 
@@ -64,48 +63,23 @@ class InFlight(Generic[T]):
 
 
 class DeviceStep:
-    """Calls a step so that its networks run as graphs and all that it enqueued is launched.
+    """Calls a step so that all that it enqueued is launched.
 
     Args:
         step: What to call per batch.
         device: Where the step runs.
-        graphs: Those of the networks that the step calls, attached; None runs them plainly.
     """
 
-    def __init__(self, step: Callable[..., Any], device: torch.device, graphs: NetworkGraphs | None) -> None:
+    def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
         self._step = step
         self._on_hpu = device.type == _habana.DEVICE_TYPE
-        self._graphs = graphs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Enqueue the step and launch it; does not wait for the device."""
-        with self._graphs.step() if self._graphs is not None else nullcontext():
-            output = self._step(*args, **kwargs)
+        output = self._step(*args, **kwargs)
         if self._on_hpu:
             _habana.mark_step()
         return output
-
-
-def graph_kind(device: torch.device, config: InferenceConfig) -> Literal["hpu_graph", "hpu_backend", "inductor"] | None:
-    """What `hpu_graphs` means on a device: HPU graphs, a backend of `torch.compile`, or nothing.
-
-    Raises:
-        MisconfigurationException: If the device's mode cannot do what was asked for.
-    """
-    asked = config.hpu_graphs
-    if asked is False:
-        return None
-    if device.type != _habana.DEVICE_TYPE:
-        return "inductor" if asked == "compile" else None
-    # In eager mode the bridge captures nothing and would return the first batch's outputs for ever.
-    lazy = _habana.is_lazy()
-    if asked == ("compile" if lazy else "hpu_graph"):
-        mode, other = ("lazy", "0") if lazy else ("eager", "1")
-        raise MisconfigurationException(
-            f"`hpu_graphs={asked!r}` is not possible in {mode} mode. Set PT_HPU_LAZY_MODE={other} before Python starts,"
-            " or pass `hpu_graphs=True`, which does what the mode can."
-        )
-    return "hpu_graph" if lazy else "hpu_backend"
 
 
 class InferencePipeline:
@@ -143,11 +117,13 @@ class InferencePipeline:
         self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         kind = graph_kind(self.device, self.config)
         model = model.eval().to(self.device)
-        graphs = NetworkGraphs(model, self.device, self.config, kind) if kind else None
         self._attached = ExitStack()
-        if graphs is not None:
-            self._attached.enter_context(graphs.attached())
-        self._step = DeviceStep(model, self.device, graphs)
+        step: Callable[..., Any] = model
+        if kind is not None:
+            graphs = StepGraphs(model, self.device, self.config, kind)
+            self._attached.callback(graphs.release)
+            step = self._attached.enter_context(graphs.attached(model))
+        self._step = DeviceStep(step, self.device)
         self._depth = self.config.in_flight if self.config.pipelining else 0
         self._output_buffers = PinnedBuffers() if self.config.pipelining and self.config.async_output else None
         self._pushed = InFlight(self._launch, self._depth)
@@ -163,7 +139,7 @@ class InferencePipeline:
         return len(self._pushed)
 
     def close(self) -> None:
-        """Forget what was pushed, release the graphs and give the model its own `forward` back."""
+        """Forget what was pushed, release the graphs and leave the model as it was."""
         self._closed = True
         self._pushed.clear()
         self._attached.close()

@@ -173,6 +173,13 @@ class PadSpec:
             )
         return next(iter(lengths.values()))
 
+    def lengths_in(self, batch: Any) -> list[tuple[Tensor, int]]:
+        """The tensors of a batch that have the length, each with its dimension; empty for any other batch."""
+        try:
+            return [(tensor, pad.dim) for _, pad, tensor in self._inputs_of(batch)]
+        except ValueError:
+            return []
+
     def pad(self, batch: Any, length: int) -> Any:
         """The batch, padded to a length. The given one stays as it is; its tensors of that length are shared.
 

@@ -88,6 +88,23 @@ class Plan:
                 kwargs[place] = filled  # type: ignore[index]
         return self.func(*args, **kwargs)
 
+    def _call_twins(self, specs: Sequence[tuple[Spec, Spec]], device: str) -> tuple[list[torch.Tensor], Any]:
+        """Run the op on tensors of these layouts; the host's random state stays as it is."""
+        bases = [base.empty(device) for base, _ in specs]
+        if device == "cpu":
+            bases = [base.fill_(0) for base in bases]
+        twins = [spec.view(base) for base, (_, spec) in zip(bases, specs, strict=True)]
+        kwargs = self.kwargs
+        if "device" in kwargs:
+            self.kwargs = {**kwargs, "device": torch.device(device)}
+        if "generator" in kwargs:
+            self.kwargs = {**self.kwargs, "generator": torch.Generator() if device == "cpu" else None}
+        with torch.inference_mode():
+            try:
+                return twins, self.call(twins)
+            finally:
+                self.kwargs = kwargs
+
     def execute(self, values: list[Any], ins: tuple[int, ...], outs: tuple[int, ...]) -> None:
         """Run on a program's registers; for device threads."""
         tensors = []
@@ -104,20 +121,19 @@ class Plan:
 
     def predict(self, specs: Sequence[tuple[Spec, Spec]]) -> None:
         """Fill in the outputs. `specs` has each tensor's base layout and its own."""
-        device = "cpu" if self.func in _PREDICT_ON_CPU else "meta"
-        twins = [
-            spec.view(base.empty(device).fill_(0) if device == "cpu" else base.empty(device)) for base, spec in specs
-        ]
-        kwargs = self.kwargs
-        if "device" in kwargs:
-            self.kwargs = {**kwargs, "device": torch.device(device)}
-        if "generator" in kwargs:
-            self.kwargs = {**self.kwargs, "generator": None}
-        with torch.inference_mode():
+        if self.func in _PREDICT_ON_CPU:
+            twins, result = self._call_twins(specs, "cpu")
+        else:
             try:
-                result = self.call(twins)
-            finally:
-                self.kwargs = kwargs
+                twins, result = self._call_twins(specs, "meta")
+            except NotImplementedError:
+                raise
+            except (RuntimeError, ValueError) as error:
+                # Some meta kernels refuse what only the CPU's can do, such as a grouped_mm of float32.
+                try:
+                    twins, result = self._call_twins(specs, "cpu")
+                except Exception:
+                    raise error from None
         for index in self.writes:
             if Spec.of(twins[index]) is not specs[index][1]:
                 raise RuntimeError(

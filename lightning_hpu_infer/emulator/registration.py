@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import pathlib
 import sys
 import types
@@ -10,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_hpu_infer.emulator import compiled, pinned, runtime
+from lightning_hpu_infer.emulator import compiled, naming, pinned, runtime
 from lightning_hpu_infer.emulator import copies as copies  # registers its ops
+from lightning_hpu_infer.emulator import substitutes as substitutes  # likewise
 from lightning_hpu_infer.emulator.patches import load_to_hpu, seed_both
 from lightning_hpu_infer.emulator.storage import Spec
 from lightning_hpu_infer.emulator.tensor import HpuTensor, allocate, dispatch, run
@@ -99,8 +102,9 @@ class Registration:
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._undo.append(lambda: torch.__future__.set_overwrite_module_params_on_conversion(before))
-        if not runtime.current().config.lazy:
-            self._make_traceable()
+        self._make_traceable()
+        if runtime.current().config.lazy:
+            self._name_modules()
         self._patch(torch.Tensor, "is_hpu", property(lambda tensor: tensor.device.type == "hpu"))
         self._patch(torch, "load", load_to_hpu(torch.load))
         seed = seed_both(torch.manual_seed)
@@ -162,6 +166,24 @@ class Registration:
 
         trace_rules.add("lightning_hpu_infer.emulator")
         self._undo.append(trace_again)
+        # Without it torch.tensor(..., device="hpu") makes a real tensor while a fake one is asked for.
+        self._patch(FakeTensorMode, "avoid_device_init", property(lambda mode: True))
+
+    def _name_modules(self) -> None:
+        """Put the bridge's hooks on every module that becomes a child of another one."""
+        from torch._dynamo import trace_rules
+
+        hooks = importlib.import_module("habana_frameworks.torch.core.torch_overwrites")
+        namer = naming.Namer(hooks._pre_fwd_hook, hooks._post_fwd_hook)
+        self._undo.append(namer.undo)
+        self._patch(torch.nn.Module, "__setattr__", namer.setattr(torch.nn.Module.__setattr__))
+        self._patch(torch.nn.Module, "add_module", namer.add_module(torch.nn.Module.add_module))
+        # To dynamo these are functions like any other, as the bridge's are: assignments in a forward are traced through
+        # the wrapper, and a hook breaks the graph at its lock.
+        traced = {str(module.__file__) for module in (naming, hooks)}
+        inlined = trace_rules.get_legacy_mod_inlinelist()
+        inlined.update(traced)
+        self._undo.append(lambda: inlined.difference_update(traced))
 
     def _library(self, namespace: str, key: str) -> Any:
         make: Any = torch.library.Library

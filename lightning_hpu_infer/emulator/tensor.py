@@ -59,6 +59,20 @@ class HpuTensor(torch.Tensor):
         """True, as on the real device."""
         return True
 
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """The same memory without autograd; assigning points this tensor to the memory of another one."""
+        # Asked for at each access: a program may replace torch's own to watch assignments.
+        data: Any = torch.Tensor.data
+        return data.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        data: Any = torch.Tensor.data
+        data.__set__(self, value)
+        if isinstance(value, HpuTensor):
+            self._cell, self._spec = value._cell, value._spec
+
     def data_ptr(self) -> int:
         """Return the emulated device address; a replay changes it."""
         return self._cell.storage.data_ptr() + self._spec.offset * self._spec.dtype.itemsize

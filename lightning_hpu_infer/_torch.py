@@ -1,0 +1,321 @@
+"""Every private name of torch that this package touches, with what it is used for.
+
+`tests/test_torch_names.py` fails where one of them moves.
+"""
+
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import device_interface
+from torch._dynamo.types import ConvertFrameReturn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "DataReplacements",
+    "Dispatch",
+    "FakeTensor",
+    "OpOverload",
+    "called_by",
+    "compile_function",
+    "compile_with",
+    "dynamic_dims",
+    "ensure_device_interface",
+    "fake_value",
+    "guard_gaps",
+    "is_static",
+    "line_of",
+    "must_run_plainly",
+    "sizes_of",
+    "storage_of",
+    "tensor_description",
+    "users_line",
+    "with_its_code",
+]
+
+# Frames of these are not the user's.
+_LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__, lightning.__file__))
+# A base class for modes that look at ops.
+Dispatch = TorchDispatchMode
+
+
+def _settings() -> dict[str, Any]:
+    """Dynamo's settings while it compiles for us, by the names that this torch has."""
+    limits = (
+        ("recompile_limit", "accumulated_recompile_limit")  # since torch 2.7
+        if hasattr(dynamo_config, "accumulated_recompile_limit")
+        else ("cache_size_limit", "accumulated_cache_size_limit")
+    )
+    settings: dict[str, Any] = {
+        # The front end stops long before; past its limit Dynamo would silently never compile a frame again.
+        limits[0]: 64,
+        limits[1]: 4096,
+        # By default a hook that is registered after the first call is not noticed.
+        "skip_nnmodule_hook_guards": False,
+    }
+    if hasattr(dynamo_config, "skip_guards_on_constant_func_defaults"):  # since torch 2.10
+        settings["skip_guards_on_constant_func_defaults"] = False
+    return settings
+
+
+class _Callback:
+    """Dynamo's callback for a frame, with our settings around it, which never raises.
+
+    Settings are read while Dynamo compiles only, so patching them here costs a compiled call nothing.
+    """
+
+    def __init__(
+        self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]
+    ) -> None:
+        self._inner = inner
+        self._failed = failed
+        self._took = took
+        self._settings = _settings()
+        # By this chain Dynamo finds the backend that a compiled frame belongs to (`convert_frame.py`).
+        self._torchdynamo_orig_backend = inner  # torch >= 2.8
+        self._torchdynamo_orig_callable = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = perf_counter()
+        try:
+            with dynamo_config.patch(**self._settings), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+                # Advice about how to write code for torch.compile, which the user did not ask for.
+                warnings.filterwarnings("ignore", module=r"torch\._dynamo")
+                warnings.filterwarnings("ignore", message=".*(torch.compile|Dynamo)")
+                return self._inner(*args, **kwargs)
+        except Exception as error:
+            self._failed(error)
+            skipped = ConvertFrameReturn()
+            # This frame runs as it is now; whether it is ever compiled again is for the caller to say.
+            skipped.apply_to_code = False
+            return skipped
+        finally:
+            self._took(perf_counter() - start)
+
+
+def compile_function(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    failed: Callable[[Exception], None],
+    took: Callable[[float], None],
+) -> Callable[..., Any]:
+    """`torch.compile` with Dynamo's settings patched while it compiles, and errors told instead of raised.
+
+    Args:
+        function: What to compile. Dynamo keeps compiled code with a function's code object: see `with_its_code`.
+        backend: Called with every FX graph and its example inputs.
+        failed: Called with what Dynamo raised for a frame, which runs as plain Python then.
+        took: Called with the seconds that Dynamo spent on a frame, the backend's included.
+    """
+    context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)  # type: ignore[no-untyped-call]
+    context.callback = _Callback(context.callback, failed, took)
+    return context(function)  # type: ignore[no-any-return]
+
+
+def compile_with(backend: str, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    """What a registered backend of `torch.compile` makes of an FX graph."""
+    lookup: Any = torch._dynamo.lookup_backend
+    return lookup(backend)(module, example_inputs)  # type: ignore[no-any-return]
+
+
+def with_its_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a function with a code object of its own, and so with a cache of compiled code of its own."""
+    assert isinstance(function, types.FunctionType)
+    # `replace()` without a change may return the same object.
+    code = function.__code__.replace(co_varnames=function.__code__.co_varnames)
+    copied = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+@contextmanager
+def dynamic_dims(tensors: list[tuple[Tensor, int]]) -> Iterator[None]:
+    """Tell Dynamo, for a call, which dimensions of which tensors vary. The tensors are left as they were."""
+    names = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
+    before = [(tensor, {name: vars(tensor)[name] for name in names if name in vars(tensor)}) for tensor, _ in tensors]
+    try:
+        for tensor, dim in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for tensor, marks in before:
+            for name in names:
+                vars(tensor).pop(name, None)
+            vars(tensor).update(marks)
+
+
+def ensure_device_interface(device_type: str) -> None:
+    """Register a minimal device interface with Dynamo if there is none: the bridge does so in eager mode only."""
+    try:
+        device_interface.get_interface_for_device(device_type)
+    except NotImplementedError:
+        module = torch.get_device_module(device_type)
+
+        class Interface(device_interface.DeviceInterface):
+            """What tracing asks about a device."""
+
+            @staticmethod
+            def current_device() -> int:
+                return int(module.current_device())
+
+            @staticmethod
+            def device_count() -> int:
+                return int(module.device_count())
+
+            @staticmethod
+            def is_available() -> bool:
+                return bool(module.is_available())
+
+            @staticmethod
+            def synchronize(device: Any = None) -> None:
+                module.synchronize()
+
+        device_interface.register_interface_for_device(device_type, Interface)
+
+
+def is_static(node: Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of a module, which Dynamo passes with every call."""
+    return "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+
+
+def fake_value(node: Node) -> Any:
+    """The fake tensor or symbolic number that Dynamo traced a node with; None if it is gone."""
+    return node.meta.get("example_value")
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What is equal for tensors that share memory, as long as both live. Works for fake tensors."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def sizes_of(tensor: Tensor) -> list[str | int]:
+    """The sizes of a fake tensor: numbers, and the expressions of symbolic ones as text."""
+    return [size if type(size) is int else str(size.node.expr) for size in tensor.shape]
+
+
+def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
+    """What a captured program depends on of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def users_line(module: GraphModule) -> str:
+    """The user's line that the first op of a traced graph comes from, as `file:line`; empty if that is not known."""
+    for node in module.graph.nodes:
+        # The innermost frame last; the outermost ones are ours and Lightning's.
+        for line in (node.stack_trace or "").splitlines():
+            if line.strip().startswith("File ") and not any(folder in line for folder in _LIBRARIES):
+                name, number = line.strip().split('"')[1], line.split(", line ")[1].split(",")[0]
+                return f"{name}:{number}"
+    return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The user's line at which Dynamo met an error, as `file:line`; empty if that is not known."""
+    for frame in reversed(getattr(error, "real_stack", None) or ()):
+        if not frame.filename.startswith(_LIBRARIES):
+            return f"{frame.filename}:{frame.lineno}"
+    return ""
+
+
+def must_run_plainly() -> str:
+    """Why nothing may be traced or replayed at this moment; empty if it may.
+
+    Dynamo does not guard global module hooks (torch 2.13), and modes that look at every op see nothing of a replay.
+    """
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_forward_hooks_always_called
+    ):
+        return "a global module hook is registered (`register_module_forward_hook`), which a replay would not call"
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return "a TorchDispatchMode or TorchFunctionMode is active, which a replay would not pass through"
+    return ""
+
+
+def guard_gaps() -> tuple[Any, ...]:
+    """Settings that ops read when they run, which Dynamo does not guard and a captured graph would not read again."""
+    c = torch._C
+    return (
+        c._get_float32_matmul_precision(),
+        c._get_cudnn_enabled(),
+        c._get_cudnn_deterministic(),
+        c._get_cudnn_allow_tf32(),
+        c._get_mkldnn_enabled(),
+        c._get_math_sdp_enabled(),
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_cublas_allow_fp16_reduced_precision_reduction(),
+        c._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch.is_anomaly_enabled(),
+    )
+
+
+def called_by(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """The functions by which modules of a class are called, which Dynamo does not guard."""
+    return kind.forward, kind.__call__, kind._call_impl
+
+
+class DataReplacements:
+    """Counts, while active, how often a tensor was given other memory: `tensor.data = x` and `swap_tensors`.
+
+    The tensor object stays the same then, and so does its version. A graph that was captured with it goes on reading
+    the old memory, without any sign (bridge 1.19 `tensor_impl.cpp`, `shallow_copy_from`).
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._latest: dict[int, int] = {}
+        """Per tensor, by `id`, the number of its last replacement. That of a dead tensor does no harm."""
+
+    def any_since(self, count: int, tensors: tuple[Any, ...]) -> bool:
+        """Whether any of these tensors was given other memory after so many replacements."""
+        return any(self._latest.get(id(tensor), 0) > count for tensor in tensors)
+
+    def _note(self, tensor: object) -> None:
+        self.count += 1
+        self._latest[id(tensor)] = self.count
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Replace `torch.Tensor.data` and `torch.utils.swap_tensors` by functions that count, for all threads."""
+        watch, original, swap = self, torch.Tensor.data, torch.utils.swap_tensors
+        own = vars(torch.Tensor).get("data")
+
+        class Data:
+            """Stands in for the descriptor."""
+
+            def __get__(self, tensor: Tensor | None, kind: Any = None) -> Any:
+                return self if tensor is None else original.__get__(tensor, kind)  # type: ignore[attr-defined]
+
+            def __set__(self, tensor: Tensor, value: Tensor) -> None:
+                watch._note(tensor)
+                original.__set__(tensor, value)  # type: ignore[attr-defined]
+
+        def swap_tensors(one: Tensor, other: Tensor) -> None:
+            watch._note(one)
+            watch._note(other)
+            swap(one, other)
+
+        torch.Tensor.data = Data()  # type: ignore[assignment]
+        torch.utils.swap_tensors = swap_tensors
+        try:
+            yield
+        finally:
+            torch.utils.swap_tensors = swap
+            if own is None:
+                del torch.Tensor.data
+            else:
+                torch.Tensor.data = own

@@ -1,0 +1,416 @@
+"""One FX graph as HPU graphs: captured once per shape and set of weights, verified, replayed, bounded."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from lightning_hpu_infer import _habana, _torch
+from lightning_hpu_infer.graphs.compare import difference
+from lightning_hpu_infer.graphs.context import GraphContext
+from lightning_hpu_infer.graphs.padding import BatchDimension
+from lightning_hpu_infer.graphs.split import Split
+from lightning_hpu_infer.trace import Stage
+
+Arguments = tuple[Any, ...]
+Key = tuple[Any, ...]
+
+# Shapes of one FX graph that are remembered, captured or not.
+_MAX_KEYS = 1024
+# Calls in a row that differ from all before in Python numbers only, after which these are taken for data.
+_MANY_NUMBERS = 4
+
+
+class _Unfit(Exception):
+    """Raised when a capture cannot be used; its message says why."""
+
+
+@dataclass
+class _Entry:
+    """One captured graph."""
+
+    run: Callable[..., list[Tensor]]
+    """Takes the tensors that change from call to call; its results are overwritten by the next call."""
+    to_verify: int
+    nbytes: int = 0
+    """Device memory that the capture took, roughly."""
+    used: int = 0
+    """The call that used it last."""
+
+
+@dataclass
+class _Candidate:
+    """A shape without a graph."""
+
+    seen: int = 0
+    since: int = 0
+    """The call that `seen` counts from."""
+    evicted: bool = False
+    plain: str = ""
+    """Why it will never have a graph."""
+    may_pad: bool = True
+
+
+@dataclass
+class _Weights:
+    """The tensors that a number of graphs were captured with: they read this memory, whatever the module holds."""
+
+    tensors: tuple[Any, ...]
+    replacements: int
+    """How many replacements of tensor data were looked at."""
+    entries: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
+    """Least recently used first."""
+    candidates: OrderedDict[Key, _Candidate] = field(default_factory=OrderedDict)
+    used: int = 0
+    frozen: bool = False
+    """Whether no graph may take another one's place any more."""
+
+    def candidate(self, key: Key) -> _Candidate:
+        """What is known of a shape without a graph."""
+        found = self.candidates.setdefault(key, _Candidate())
+        self.candidates.move_to_end(key)
+        if len(self.candidates) > _MAX_KEYS:
+            self.candidates.popitem(last=False)
+        return found
+
+
+class CapturedGraph:
+    """What Dynamo calls in place of one FX graph, in lazy mode.
+
+    Weights and whatever the graph writes to are closed over and compared by identity in each call; the other inputs are
+    given to each replay. Main thread only. The results are the caller's: nothing overwrites them.
+
+    Args:
+        module: The graph as Dynamo traced it.
+        parts: What of it may be captured; `parts.captured` is not None.
+        context: What the graphs of a run share.
+    """
+
+    def __init__(self, module: GraphModule, parts: Split, context: GraphContext) -> None:
+        assert parts.captured is not None
+        self._plain = module.forward
+        self._captured = parts.captured.forward
+        self._rest = parts.rest.forward if parts.rest is not None else None
+        self._parts = parts
+        self._where = _torch.users_line(module)
+        self._context = context
+        nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+        values = [_torch.fake_value(node) for node in nodes]
+        used = {node.name for node in parts.captured.graph.nodes if node.op == "placeholder" and node.users}
+        self._arity = len(nodes)
+        tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor) and nodes[i].name in used]
+        self._static_places = [i for i in tensors if _torch.is_static(nodes[i]) or i in parts.written]
+        self._places = [i for i in tensors if i not in self._static_places]
+        self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
+        symbolic = any(type(size) is str for i in tensors for size in _torch.sizes_of(values[i]))
+        self._keyed = symbolic or bool(self._numbers)
+        self._statics = _getter(self._static_places)
+        self._written = [self._static_places.index(i) for i in parts.written]
+        self._weights: list[_Weights] = []
+        self._calls = 0
+        self._captured_in = -1
+        self._number_misses = 0
+        self._batch = BatchDimension.of(parts.results, values, self._places) if context.config.pad_batch else None
+        context.register(self)
+
+    def __call__(self, *args: Any) -> Any:
+        """Replay the graph for these inputs, or run it plainly where it has no graph for them."""
+        if self._context.capturing or torch.is_grad_enabled():
+            return self._plain(*args)
+        self._calls += 1
+        weights, key = self._weights_of(args), self._key(args)
+        entry = weights.entries.get(key)
+        if entry is not None and not entry.to_verify:
+            weights.entries.move_to_end(key)
+            entry.used = self._calls
+            return self._finish(args, self._replay(entry, args))
+        return self._context.timed(Stage.CAPTURE, self._new, weights, key, entry, args)
+
+    def release(self) -> None:
+        """Free all graphs."""
+        if any(weights.entries for weights in self._weights):
+            _habana.synchronize()  # The last replay may still be running.
+        self._weights.clear()
+
+    def rebind(self, now: dict[int, Tensor | None]) -> None:
+        """Take other tensor objects for those that the graphs were captured with, in another run.
+
+        Args:
+            now: Per former tensor, by `id`, the one that shows its memory; None if no tensor does.
+        """
+        for weights in list(self._weights):
+            tensors = tuple(now.get(id(tensor), tensor) for tensor in weights.tensors)
+            if any(tensor is None for tensor in tensors):
+                self._drop(weights)
+            weights.tensors, weights.replacements = tensors, self._context.replacements.count
+
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether there is anything to keep for another run."""
+        return any(weights.entries for weights in self._weights)
+
+    # Identity
+
+    def _weights_of(self, args: Arguments) -> _Weights:
+        """The graphs that were captured with these very tensors."""
+        statics, replacements = self._statics(args), self._context.replacements
+        for weights in self._weights:
+            if all(map(is_, weights.tensors, statics)):
+                if weights.replacements != replacements.count:
+                    if replacements.any_since(weights.replacements, weights.tensors):
+                        self._drop(weights)
+                        break
+                    weights.replacements = replacements.count
+                weights.used = self._calls
+                return weights
+        # Some are gone for good, a few may come back: an adapter, say. Blocks that share this graph are all in use.
+        limit = 16 + 4 * len(self._weights)
+        for weights in [each for each in self._weights if self._calls - each.used > limit]:
+            self._drop(weights)
+        made = _Weights(statics, replacements.count, used=self._calls)
+        self._weights.append(made)
+        return made
+
+    def _key(self, args: Arguments) -> Key:
+        if not self._keyed:
+            return ()
+        numbers = tuple(args[i] for i in self._numbers)
+        return numbers, tuple(_torch.tensor_description(args[i]) for i in self._places)
+
+    def _drop(self, weights: _Weights) -> None:
+        if weights.entries:
+            _habana.synchronize()  # The last replay may still be running.
+        self._weights.remove(weights)
+
+    # Replay
+
+    def _inputs(self, args: Arguments) -> list[Tensor]:
+        # A view would become a static input that later calls overwrite, with what it shows (bridge `hpu/graphs.py`).
+        return [arg.clone() if _habana.is_view(arg) else arg for arg in (args[i] for i in self._places)]
+
+    def _replay(self, entry: _Entry, args: Arguments) -> list[Tensor]:
+        """The results of a replay, which are the caller's."""
+        self._context.counts.replays += 1
+        return self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args))
+
+    @staticmethod
+    def _run(entry: _Entry, inputs: list[Tensor]) -> list[Tensor]:
+        # The next replay overwrites the graph's own tensors.
+        return [result.clone() for result in entry.run(*inputs)]
+
+    def _finish(self, args: Arguments, results: list[Tensor]) -> Any:
+        return tuple(results) if self._rest is None else self._rest(*args, *results)
+
+    def _run_plainly(self, args: Arguments, reason: str) -> Any:
+        self._context.counts.plain(reason)
+        return self._plain(*args)
+
+    # New shapes
+
+    def _new(self, weights: _Weights, key: Key, entry: _Entry | None, args: Arguments) -> Any:
+        if entry is not None:
+            return self._verified_replay(weights, key, entry, args)
+        candidate = weights.candidate(key)
+        if candidate.plain:
+            return self._run_plainly(args, candidate.plain)
+        candidate.seen += 1
+        candidate.since = candidate.since or self._calls
+        if self._batch is not None and candidate.may_pad and (large := self._larger(weights, key)) is not None:
+            return self._padded(weights, key, large, args)
+        if (reason := self._not_yet(weights, key, candidate)) or (reason := self._make_room(weights, candidate)):
+            return self._run_plainly(args, reason)
+        return self._capture(weights, key, candidate, args)
+
+    def _not_yet(self, weights: _Weights, key: Key, candidate: _Candidate) -> str:
+        """Why a shape gets no graph this time."""
+        if self._differs_in_numbers_only(weights, key):
+            if candidate.seen == 1:
+                self._number_misses += 1
+                if self._number_misses >= _MANY_NUMBERS:
+                    self._context.too_many_numbers()
+                return "it is given a Python number that changes, and this value is new"
+        elif self._captured_in == self._context.step and candidate.seen == 1:
+            # One step calls this graph with many shapes, as a decoder with a growing cache does.
+            return "its shapes are new"
+        return ""
+
+    def _differs_in_numbers_only(self, weights: _Weights, key: Key) -> bool:
+        if not self._keyed or not self._numbers:
+            return False
+        known = (*weights.entries, *weights.candidates)
+        return any(other[1] == key[1] and other[0] != key[0] for other in known)
+
+    def _make_room(self, weights: _Weights, candidate: _Candidate) -> str:
+        """Drop the least recently used graph if there are too many; why it may not be dropped, if it may not.
+
+        It goes only if the new shape came twice since it was used: more shapes in turn than there may be graphs would
+        replace each other without end. What was dropped and comes back shows the same.
+        """
+        limit = self._context.config.max_graphs
+        weights.frozen |= candidate.evicted
+        if len(weights.entries) < limit:
+            return ""
+        oldest = next(iter(weights.entries))
+        if weights.entries[oldest].used >= candidate.since:
+            candidate.seen, candidate.since = 1, self._calls
+        if weights.frozen or candidate.seen < 2:
+            if candidate.seen > 1 or weights.frozen:
+                self._context.warn(
+                    "more shapes",
+                    f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and batches"
+                    " of other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur (`bucket_lengths`).",
+                )
+            return "there are more shapes than `max_graphs`"
+        self._evict(weights, oldest)
+        return ""
+
+    def _evict(self, weights: _Weights, key: Key) -> None:
+        _habana.synchronize()  # Its last replay may still be running.
+        del weights.entries[key]
+        weights.candidate(key).evicted = True
+        self._context.counts.evictions += 1
+
+    # Capture and verification
+
+    def _capture(self, weights: _Weights, key: Key, candidate: _Candidate, args: Arguments) -> Any:
+        context, verify = self._context, self._context.config.verify_graphs
+        self._captured_in = context.step
+        before, memory = self._written_tensors(args), context.memory_in_use()
+        saved = [tensor.clone() for tensor in before]
+        try:
+            entry = _Entry(self._graphed(args), verify + 1 if verify and not self._parts.random else 0)
+            # A capture matches its inputs by tensor: none may be another's alias, a weight's least of all.
+            inputs = [args[i].clone() for i in self._places]
+            with context.capture():
+                results = self._run(entry, inputs)
+            entry.nbytes = max(0, context.memory_in_use() - memory)
+            budget = context.config.graph_memory
+            if budget is not None and entry.nbytes > budget:
+                raise _Unfit(f"its graph alone takes {entry.nbytes} bytes, and `graph_memory` is {budget}")
+        except Exception as error:
+            for tensor, value in zip(before, saved, strict=True):
+                tensor.copy_(value)
+            candidate.plain = str(error) if isinstance(error, _Unfit) else _in_words(error)
+            context.fails(candidate.plain, self._where)
+            return self._run_plainly(args, candidate.plain)
+        context.counts.captures += 1
+        weights.entries[key] = entry
+        weights.candidates.pop(key, None)
+        self._hold_budget(weights)
+        entry.used = self._calls
+        return self._check(weights, key, entry, args, results, saved)
+
+    def _graphed(self, args: Arguments) -> Callable[..., list[Tensor]]:
+        """The captured part as a function of the tensors that change from call to call."""
+        forward, places = self._captured, self._places
+        fixed = list(args)
+        for place in places:
+            fixed[place] = None  # only the first batch, which would take device memory
+
+        def function(*tensors: Tensor) -> list[Tensor]:
+            given = fixed.copy()
+            for place, tensor in zip(places, tensors, strict=True):
+                given[place] = tensor
+            return list(forward(*given))
+
+        return _habana.graphed(function)
+
+    def _written_tensors(self, args: Arguments) -> list[Tensor]:
+        return [args[place] for place in self._parts.written]
+
+    def _verified_replay(self, weights: _Weights, key: Key, entry: _Entry, args: Arguments) -> Any:
+        saved = [tensor.clone() for tensor in self._written_tensors(args)]
+        entry.used = self._calls
+        weights.entries.move_to_end(key)
+        return self._check(weights, key, entry, args, self._replay(entry, args), saved)
+
+    def _check(
+        self,
+        weights: _Weights,
+        key: Key,
+        entry: _Entry,
+        args: Arguments,
+        results: list[Tensor],
+        saved: list[Tensor],
+    ) -> Any:
+        """Compare a replay with the plain ops, if there is something to verify; the caller gets the plain results.
+
+        Args:
+            results: Of the replay.
+            saved: What the memory that the graph writes to held before the replay.
+        """
+        if not entry.to_verify:
+            return self._finish(args, results)
+        written = self._written_tensors(args)
+        after = [tensor.clone() for tensor in written]
+        for tensor, value in zip(written, saved, strict=True):
+            tensor.copy_(value)
+        expected = list(self._captured(*args))
+        entry.to_verify -= 1
+        self._context.counts.verified += 1
+        if found := difference([*results, *after], [*expected, *written]):
+            reason = f"a replay differs from the plain ops ({found})"
+            del weights.entries[key]
+            weights.candidate(key).plain = reason
+            self._context.fails(reason, self._where)
+        return self._finish(args, expected)
+
+    def _hold_budget(self, weights: _Weights) -> None:
+        budget = self._context.config.graph_memory
+        if budget is not None:
+            while sum(entry.nbytes for entry in weights.entries.values()) > budget and len(weights.entries) > 1:
+                self._evict(weights, next(iter(weights.entries)))
+
+    # Short batches
+
+    def _larger(self, weights: _Weights, key: Key) -> Key | None:
+        """The smallest verified graph that a shorter batch fits in."""
+        assert self._batch is not None
+        fitting = [
+            (rows, other)
+            for other, entry in weights.entries.items()
+            if not entry.to_verify and (rows := self._batch.rows_of(other, key, self._numbers)) is not None
+        ]
+        return min(fitting, key=itemgetter(0))[1] if fitting else None
+
+    def _padded(self, weights: _Weights, key: Key, large: Key, args: Arguments) -> Any:
+        """Run a short batch in a larger graph, compared with the plain ops the first time."""
+        assert self._batch is not None
+        entry, candidate = weights.entries[large], weights.candidate(key)
+        weights.entries.move_to_end(large)
+        entry.used = self._calls
+        if self._parts.written:
+            candidate.may_pad = False
+            return self._new(weights, key, None, args)
+        padded = self._batch.pad(args, self._batch.of_key(large, self._numbers))
+        results = self._batch.cut(self._replay(entry, padded), self._batch.of_key(key, self._numbers))
+        self._context.counts.padded += 1
+        if candidate.seen == 1 and not self._parts.random:
+            expected = list(self._captured(*args))
+            self._context.counts.verified += 1
+            if found := difference(results, expected):
+                candidate.may_pad = False
+                self._context.warn(
+                    "padding",
+                    f"`pad_batch` is not used for {self._context.name}: rows added to a short batch change the others"
+                    f" ({found}). Short batches get graphs of their own, or run plainly.",
+                )
+            results = expected
+        return self._finish(args, results)
+
+
+def _getter(places: list[int]) -> Callable[[Arguments], tuple[Any, ...]]:
+    """Like `itemgetter`, whose result is a tuple for any number of places."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda args: tuple(args[place] for place in places)
+
+
+def _in_words(error: Exception) -> str:
+    message = " ".join(str(error).split("\n\n")[0].split())
+    return f"capturing failed ({type(error).__name__}: {message})"

@@ -1,0 +1,117 @@
+"""What the graphs of a run share: options, counters, warnings, and the one capture at a time."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_hpu_infer import _habana, _torch
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.graphs.counts import GraphCounts
+from lightning_hpu_infer.trace import LaneTrace, Stage, untimed
+
+T = TypeVar("T")
+
+
+class GraphContext:
+    """What the graphs of a model share. Used by the main thread only.
+
+    Args:
+        config: Its options for graphs are used.
+        device: Where the model is in a run.
+        kind: "hpu_graph", "direct", or the backend that compiles FX graphs.
+    """
+
+    def __init__(self, config: InferenceConfig, device: torch.device, kind: str) -> None:
+        self.config = config
+        self.device = device
+        self.kind = kind
+        self.counts = GraphCounts()
+        self.replacements = _torch.DataReplacements()
+        self.name = "`predict_step`"
+        """What messages call the function that runs."""
+        self.step = 0
+        """Counts the calls of steps and networks."""
+        self.capturing = False
+        """Whether a capture is going on: a graph inside of another is refused by the bridge."""
+        self.gives_up = ""
+        """Why the function that runs should not be traced any longer; empty while it may."""
+        self.timed: Callable[..., Any] = untimed
+        self._warned: set[str] = set()
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def begin(self, trace: LaneTrace | None) -> None:
+        """Begin a run: counters at zero, warnings anew."""
+        self.counts = GraphCounts()
+        self.timed = untimed if trace is None else trace.timed
+        self._warned.clear()
+
+    def register(self, graph: Any) -> None:
+        """Know a graph, to release it in time."""
+        self._graphs.add(graph)
+
+    def graphs(self) -> list[Any]:
+        """Those that are in use."""
+        return list(self._graphs)
+
+    def release(self) -> None:
+        """Free what all graphs hold, without waiting for the garbage collector."""
+        for graph in self.graphs():
+            graph.release()
+
+    def warn(self, topic: str, text: str) -> None:
+        """Warn once in a run."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            rank_zero_warn(text)
+
+    def fails(self, reason: str, where: str) -> None:
+        """Say once that a part of the function that runs has no graph.
+
+        Args:
+            reason: In words.
+            where: The user's line, or empty.
+        """
+        what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
+        place = f" ({where})" if where else ""
+        self.warn(f"fails {reason}", f"A part of {self.name}{place} runs without {what}: {reason}.")
+
+    def partly(self, reason: str, where: str) -> None:
+        """Note that a part of a traced graph runs plainly behind the captured part."""
+        self.counts.reasons[f"partly: {reason}"] += 1
+
+    def too_many_numbers(self) -> None:
+        """Note that Python numbers decide what a graph is good for."""
+        self.gives_up = "it uses a Python number that changes from call to call, such as `batch_idx`"
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Surround a capture with this; leaves a clean state if it fails.
+
+        No garbage is collected meanwhile: a graph that dies during the capture of another one silently ends that
+        capture (bridge 1.19 `HPUGraph.cpp`, `destroy`).
+        """
+        enabled = gc.isenabled()
+        gc.disable()
+        self.capturing = True
+        try:
+            yield
+        except BaseException as error:
+            _habana.reset_capture(error)
+            raise
+        finally:
+            self.capturing = False
+            if enabled:
+                gc.enable()
+
+    def memory_in_use(self) -> int:
+        """Device memory in bytes, if anybody asks: waits for the device."""
+        if self.config.graph_memory is None:
+            return 0
+        _habana.mark_step()
+        _habana.synchronize()
+        return int(_habana.memory_stats(self.device)["InUse"])

@@ -1,0 +1,140 @@
+"""Which modules are traced by themselves: named ones, repeated blocks, or those that a step calls."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torchmetrics import Metric
+
+
+def named_modules(root: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]]:
+    """The modules that `graph_modules` names, each by itself.
+
+    Raises:
+        ValueError: If there is no such module, or one is inside of another.
+    """
+    modules = dict(root.named_modules())
+    chosen: dict[str, nn.Module] = {}
+    for name in names:
+        if name not in modules:
+            known = [each for each in modules if each and each.count(".") <= name.count(".")]
+            raise ValueError(
+                f"`graph_modules` names {name!r}, which {type(root).__name__} does not have. It has {', '.join(known)}."
+            )
+        for other, module in chosen.items():
+            if modules[name] in set(module.modules()) or module in set(modules[name].modules()):
+                raise ValueError(f"`graph_modules` names {other!r} and {name!r}, of which one is a part of the other.")
+        chosen[name] = modules[name]
+    return {name: [module] for name, module in chosen.items()}
+
+
+def repeated_blocks(root: nn.Module) -> dict[str, list[nn.Module]]:
+    """The outermost children of `nn.ModuleList` that are alike, such as the layers of an encoder.
+
+    Returns:
+        Per kind of block, a name for messages and all blocks of that kind. Those of one kind are traced once.
+    """
+    found: dict[str, list[nn.Module]] = {}
+    inside: set[nn.Module] = set()
+    for name, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList) or module in inside:
+            continue
+        for kind, count in Counter(type(child) for child in module).items():
+            if count > 1:
+                blocks = [child for child in module if type(child) is kind]
+                found[f"{name}.*" if count == len(module) else f"{name}.* ({kind.__name__})"] = blocks
+                inside.update(part for block in blocks for part in block.modules())
+    return found
+
+
+class OutermostCalls:
+    """Collects the modules with weights that this thread calls, without those that they call in turn."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[nn.Module] = Counter()
+        """How often each was called."""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Collect inside of this."""
+        thread = threading.get_ident()
+        depth = 0
+
+        # Where torch.compile of the user's traces a module meanwhile, the hooks leave nothing in what it makes.
+        def enter(module: nn.Module, _: object) -> None:
+            nonlocal depth
+            if not torch.compiler.is_compiling() and threading.get_ident() == thread:
+                if depth == 0:
+                    self.counts[module] += 1
+                depth += 1
+
+        def leave(*_: object) -> None:
+            nonlocal depth
+            if not torch.compiler.is_compiling() and threading.get_ident() == thread:
+                depth -= 1
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def networks(self, root: nn.Module) -> dict[str, list[nn.Module]]:
+        """The networks among them, by their names in the root."""
+        inner = {child for module in self.counts for child in module.modules() if child is not module}
+        names = {module: name for name, module in root.named_modules()}
+        return {
+            names.get(module) or type(module).__name__: [module]
+            for module in self.counts
+            # A metric is there for the state that it keeps.
+            if module not in inner and not isinstance(module, Metric) and any(True for _ in module.parameters())
+        }
+
+
+class _Entry:
+    """What a module's `__call__` finds in place of its own implementation during a run."""
+
+    def __init__(self, call: Callable[..., Any], module: nn.Module) -> None:
+        self._call = call
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._module, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copy of a module, or a pickled one, carries None instead: `nn.Module` has the same by default.
+        return type(None), ()
+
+
+class CallSites:
+    """Lets modules be called through a function of ours, by the slot of `nn.Module.compile`, until it is closed."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[nn.Module, _Entry]] = []
+
+    def attach(self, modules: Sequence[nn.Module], call: Callable[..., Any]) -> None:
+        """Call `call(module, *args, **kwargs)` wherever one of the modules is called.
+
+        Modules that the user has compiled stay as they are.
+        """
+        for module in modules:
+            if module._compiled_call_impl is None:
+                entry = _Entry(call, module)
+                vars(module)["_compiled_call_impl"] = entry
+                self._entries.append((module, entry))
+
+    def close(self) -> None:
+        """Leave the modules as they were."""
+        while self._entries:
+            module, entry = self._entries.pop()
+            if vars(module).get("_compiled_call_impl") is entry:
+                del module._compiled_call_impl

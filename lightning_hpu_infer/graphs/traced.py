@@ -1,0 +1,228 @@
+"""A function that runs plainly until tracing it pays, and then through what TorchDynamo made of it."""
+
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from lightning_hpu_infer import _torch
+from lightning_hpu_infer.graphs.capture import CapturedGraph
+from lightning_hpu_infer.graphs.compiled import CompiledGraph
+from lightning_hpu_infer.graphs.context import GraphContext
+from lightning_hpu_infer.graphs.split import split
+
+Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
+
+# Shapes of calls that are remembered.
+_MAX_SHAPES = 4096
+# Sets of modes and classes that are traced apart.
+_MAX_VARIANTS = 8
+# So many more calls that trace than what pays for them, and a function is no longer traced.
+_MAX_DEBT = 4.5
+# Calls without tracing that pay for one with.
+_CALLS_PER_TRACE = 16
+_NEW = "its shapes are new"
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compiled in copies, each with a cache of its own."""
+    return function(*args, **kwargs)
+
+
+def _run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Likewise. Dynamo does not guard which module it is, so that like modules share what was traced."""
+    return module._call_impl(*args, **kwargs)
+
+
+class TracedCall:
+    """A step, a network, or all blocks of one kind.
+
+    A call with shapes that no earlier step had runs plainly, so that a short last batch costs no trace. Main thread
+    only.
+
+    Args:
+        root: The module whose classes decide what a call does.
+        name: What messages call it.
+        context: What the graphs of a run share.
+        of_modules: Whether the function given to each call is a module.
+    """
+
+    def __init__(self, root: nn.Module, name: str, context: GraphContext, *, of_modules: bool = False) -> None:
+        self._root = root
+        self.name = name
+        self._context = context
+        self._template = _run_module if of_modules else _run
+        self._of_modules = of_modules
+        self._shapes: OrderedDict[Shapes, int] = OrderedDict()
+        """The step in which each was first seen; -1 for those that have been traced."""
+        self._sizes: dict[Any, list[list[set[int]]]] = {}
+        """Per kind of arguments: the sizes seen, by tensor and dimension."""
+        self._variants: dict[Any, Callable[..., Any]] = {}
+        self._marked: set[Any] = set()
+        self._classes: list[type[nn.Module]] = []
+        self._debt = 0.0
+        self._failure: Exception | None = None
+        self.given_up = ""
+        """Why it is traced no longer; empty while it may be."""
+
+    def begin_run(self) -> None:
+        """Forget shapes that were not traced: they may not come again."""
+        self._shapes = OrderedDict((shapes, step) for shapes, step in self._shapes.items() if step < 0)
+        self._classes = list(dict.fromkeys(type(module) for module in self._root.modules()))
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with these arguments."""
+        reason = self._reason_not_to_trace(args, kwargs)
+        if reason:
+            self._context.counts.plain(reason)
+            return function._call_impl(*args, **kwargs) if self._of_modules else function(*args, **kwargs)
+        key = _torch.guard_gaps(), tuple(_torch.called_by(kind) for kind in self._classes)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = _torch.compile_function(
+                _torch.with_its_code(self._template), self._backend, self._fails, self._took
+            )
+        traces = self._context.counts.traces
+        if self._structure in self._marked:
+            output = variant(function, args, kwargs)
+        else:
+            self._marked.add(self._structure)
+            with _torch.dynamic_dims(self._varying(args, kwargs)):
+                output = variant(function, args, kwargs)
+        if traces != self._context.counts.traces or self._failure is not None or self._context.gives_up:
+            self._traced()
+        else:
+            self._debt = max(0.0, self._debt - 1 / _CALLS_PER_TRACE)
+        return output
+
+    def first(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the function plainly, and remember the shapes."""
+        self._note(self._shapes_of(args, kwargs))
+        self._context.counts.plain(_NEW)
+        return function(*args, **kwargs)
+
+    # Whether
+
+    def _reason_not_to_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if self.given_up:
+            return self.given_up
+        if torch.is_grad_enabled():
+            return "gradients are recorded"
+        if reason := _torch.must_run_plainly():
+            return reason
+        shapes = self._shapes_of(args, kwargs)
+        seen = self._shapes.get(shapes)
+        if seen is None:
+            self._note(shapes)
+            if not self._may_be_padded(shapes):
+                return _NEW
+        elif seen == self._context.step:
+            return _NEW
+        elif seen >= 0:
+            self._shapes[shapes] = -1
+        if len(self._variants) >= _MAX_VARIANTS:
+            self.given_up = "modes, or methods of classes, keep changing"
+        return ""
+
+    def _shapes_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in((args, kwargs)))
+        self._structure = tuple((len(shape), dtype) for shape, dtype in shapes)
+        return shapes
+
+    def _note(self, shapes: Shapes) -> None:
+        self._shapes[shapes] = self._context.step
+        if len(self._shapes) > _MAX_SHAPES:
+            self._shapes.popitem(last=False)
+        sizes = self._sizes.setdefault(self._structure, [[set() for _ in shape] for shape, _ in shapes])
+        for dims, (shape, _) in zip(sizes, shapes, strict=True):
+            for known, size in zip(dims, shape, strict=True):
+                known.add(size)
+
+    def _may_be_padded(self, shapes: Shapes) -> bool:
+        """Whether a larger batch was traced, of which this one has only fewer rows."""
+        if not self._context.config.pad_batch:
+            return False
+        return any(
+            step < 0 and len(other) == len(shapes) and all(
+                dtype == large_dtype and (shape == large or (shape[1:] == large[1:] and 1 < shape[0] < large[0]))
+                for (shape, dtype), (large, large_dtype) in zip(shapes, other, strict=True)
+                if shape
+            )
+            for other, step in self._shapes.items()
+        )  # fmt: skip
+
+    def _varying(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
+        """The dimensions that are known to vary, so that they need no second trace."""
+        config, found = self._context.config, []
+        for tensor, dims in zip(tensors_in((args, kwargs)), self._sizes.get(self._structure, ()), strict=False):
+            found += [(tensor, dim) for dim, sizes in enumerate(dims) if len(sizes) > 1]
+            if config.pad_batch and dims:
+                found.append((tensor, 0))
+        if config.pad_spec is not None and args and not self._of_modules:
+            found += [(tensor, dim % tensor.dim()) for tensor, dim in config.pad_spec.lengths_in(args[0])]
+        distinct = {(id(tensor), dim): (tensor, dim) for tensor, dim in found}
+        return [(tensor, dim) for tensor, dim in distinct.values() if tensor.shape[dim] > 1]
+
+    # Tracing
+
+    def _backend(self, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        """Called by Dynamo with each FX graph."""
+        context = self._context
+        context.counts.traces += 1
+        context.name = self.name
+        parts = split(module, context.device.type)
+        if context.kind != "hpu_graph":
+            return CompiledGraph(module, parts, _torch.compile_with(context.kind, module, example_inputs), context)
+        if parts.captured is not None:
+            if parts.reason:
+                context.partly(parts.reason, _torch.users_line(module))
+            return CapturedGraph(module, parts, context)
+        if not parts.reason:
+            return module.forward  # There is nothing to launch.
+        context.fails(parts.reason, _torch.users_line(module))
+
+        def plain(*args: Any) -> Any:
+            context.counts.plain(parts.reason)
+            return module.forward(*args)
+
+        return plain
+
+    def _took(self, seconds: float) -> None:
+        self._context.counts.trace_seconds += seconds
+
+    def _fails(self, error: Exception) -> None:
+        """Called by Dynamo's callback: a frame was not traced, and runs as Python."""
+        self._failure = self._failure or error
+
+    def _traced(self) -> None:
+        """Judge after a call that traced whether that leads anywhere."""
+        self._classes = list(dict.fromkeys(type(module) for module in self._root.modules()))
+        self._debt += 1
+        if self._failure is not None:
+            error, self._failure = self._failure, None
+            message = " ".join(str(error).split("\n\n")[0].split())[:300]
+            line = _torch.line_of(error)
+            self.given_up = f"tracing failed{f' at {line}' if line else ''} ({type(error).__name__}: {message})"
+        elif self._context.gives_up:
+            self.given_up, self._context.gives_up = self._context.gives_up, ""
+        elif self._debt > _MAX_DEBT:
+            self.given_up = "it is traced anew in nearly every call, since it uses a Python value that changes"
+
+
+def tensors_in(data: Any) -> Iterator[Tensor]:
+    """The tensors in nested containers, in order. What is unknown is passed over."""
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, Mapping | UserDict):
+        for value in data.values():
+            yield from tensors_in(value)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            yield from tensors_in(value)
+    elif is_dataclass(data) and not isinstance(data, type):
+        for each in fields(data):
+            yield from tensors_in(getattr(data, each.name, None))
