@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class HPUGraph:
         self._user_slots: dict[int, int] = {}
         """Index of a marked input -> its register, for the inputs that the graph reads directly."""
 
-    def __del__(self) -> None:
-        self.destroy()
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _ending():  # the modules that this needs may be gone, `sys` too
+            self.destroy()
 
     # Capture
 

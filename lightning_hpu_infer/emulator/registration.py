@@ -174,13 +174,14 @@ class Registration:
         from torch._dynamo import trace_rules
 
         hooks = importlib.import_module("habana_frameworks.torch.core.torch_overwrites")
-        namer = naming.Namer(hooks._pre_fwd_hook, hooks._post_fwd_hook)
-        self._undo.append(namer.undo)
-        self._patch(torch.nn.Module, "__setattr__", namer.setattr(torch.nn.Module.__setattr__))
-        self._patch(torch.nn.Module, "add_module", namer.add_module(torch.nn.Module.add_module))
+        naming.start(hooks._pre_fwd_hook, hooks._post_fwd_hook)
+        self._undo.append(naming.stop)
+        module: Any = torch.nn.Module
+        self._patch(module, "__setattr__", naming.name_on_setattr(module.__setattr__))
+        self._patch(module, "add_module", naming.name_on_add_module(module.add_module))
         # To dynamo these are functions like any other, as the bridge's are: assignments in a forward are traced through
         # the wrapper, and a hook breaks the graph at its lock.
-        traced = {str(module.__file__) for module in (naming, hooks)}
+        traced = {str(part.__file__) for part in (naming, hooks)}
         inlined = trace_rules.get_legacy_mod_inlinelist()
         inlined.update(traced)
         self._undo.append(lambda: inlined.difference_update(traced))

@@ -59,7 +59,7 @@ class HpuTensor(torch.Tensor):
         """True, as on the real device."""
         return True
 
-    @property  # type: ignore[override]
+    @property
     def data(self) -> torch.Tensor:
         """The same memory without autograd; assigning points this tensor to the memory of another one."""
         # Asked for at each access: a program may replace torch's own to watch assignments.
@@ -68,10 +68,15 @@ class HpuTensor(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, torch.Tensor) and not isinstance(value, HpuTensor):
+            # PyTorch compares the kinds of memory, and a wrapper has none.
+            raise RuntimeError(
+                "Attempted to call `variable.set_data(tensor)`, but `variable` and `tensor` have incompatible tensor"
+                f" type: a tensor on {self.device} cannot take over memory on {value.device}"
+            )
         data: Any = torch.Tensor.data
-        data.__set__(self, value)
-        if isinstance(value, HpuTensor):
-            self._cell, self._spec = value._cell, value._spec
+        data.__set__(self, value)  # refuses what is no tensor
+        self._cell, self._spec = value._cell, value._spec
 
     def data_ptr(self) -> int:
         """Return the emulated device address; a replay changes it."""

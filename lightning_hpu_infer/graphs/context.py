@@ -42,6 +42,7 @@ class GraphContext:
         """Why the function that runs should not be traced any longer; empty while it may."""
         self.timed: Callable[..., Any] = untimed
         self._warned: set[str] = set()
+        self._to_tell: list[str] = []
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self, trace: LaneTrace | None) -> None:
@@ -64,10 +65,15 @@ class GraphContext:
             graph.release()
 
     def warn(self, topic: str, text: str) -> None:
-        """Warn once in a run."""
+        """Warn once in a run, when the batch is through: a warning may be an error, and must not end a trace."""
         if topic not in self._warned:
             self._warned.add(topic)
-            rank_zero_warn(text)
+            self._to_tell.append(text)
+
+    def tell(self) -> None:
+        """Give the warnings that came up."""
+        while self._to_tell:
+            rank_zero_warn(self._to_tell.pop(0))
 
     def fails(self, reason: str, where: str) -> None:
         """Say once that a part of the function that runs has no graph.

@@ -213,7 +213,7 @@ class _Splitter(Interpreter):
         exports = sorted(needs.exports, key=self._order.__getitem__)
         if any(not isinstance(self.env[node], Tensor) for node in exports):
             return _with_reason(nothing, "a result is no tensor")
-        simple = not needs.later and tuple(results) == tuple(exports) and nodes[-1].args == (tuple(exports),)
+        simple = not needs.later and not needs.same and tuple(results) == tuple(exports) and nodes[-1].args == (tuple(exports),)
         written = {storage for node in captured for storage in self._writes[node]}
         places = tuple(
             place
@@ -221,9 +221,9 @@ class _Splitter(Interpreter):
             if isinstance(self.env[node], Tensor) and _torch.storage_of(self.env[node]) in written
         )
         return Split(
-            self._build(placeholders, self._captured_nodes(captured, exports), exports, None),
+            self._build(placeholders, self._captured_nodes(captured, exports), exports, None, {}),
             tuple(self.env[node] for node in exports),
-            None if simple else self._build(placeholders, needs.later | self._switches, exports, nodes[-1]),
+            None if simple else self._build(placeholders, needs.later | self._switches, exports, nodes[-1], needs.same),
             reason,
             places,
             self._random,
@@ -273,9 +273,18 @@ class _Splitter(Interpreter):
         return found
 
     def _build(
-        self, placeholders: list[Node], nodes: set[Node], exports: list[Node], output: Node | None
+        self,
+        placeholders: list[Node],
+        nodes: set[Node],
+        exports: list[Node],
+        output: Node | None,
+        same: dict[Node, Node],
     ) -> GraphModule:
-        """A graph of some nodes; without `output` it returns the exports, with it they are further inputs."""
+        """A graph of some nodes; without `output` it returns the exports, with it they are further inputs.
+
+        Args:
+            same: Nodes in whose place another one stands.
+        """
         graph, copied = Graph(), dict[Node, Node]()
         for node in placeholders:
             copied[node] = graph.placeholder(node.name)
@@ -285,6 +294,8 @@ class _Splitter(Interpreter):
         for node in self.module.graph.nodes:
             if node in nodes and node not in copied:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
+            elif node in same:
+                copied[node] = copied[same[node]]
         if output is None:
             graph.output(tuple(copied[node] for node in exports))
         else:
@@ -318,11 +329,13 @@ class _Needs:
                     self._shared.add(storage)
         self.exports: set[Node] = set()
         self.later: set[Node] = set()
+        self.same: dict[Node, Node] = {}
+        """Results of ops in place, and the node that shows the same memory."""
 
     def add(self, node: Node) -> None:
         """Make the value of a node available to the second part."""
         of = self._of
-        if node.op == "placeholder" or node in self.later or node in self.exports:
+        if node.op == "placeholder" or node in self.later or node in self.exports or node in self.same:
             return
         value = of.env[node]
         if node in of._plain or node in of._switches or node.op == "get_attr" or not isinstance(value, Tensor):
@@ -333,8 +346,15 @@ class _Needs:
             self.exports.add(node)
         elif node in of._views:
             self._again(node)
+        elif (same := next((given for given in node.all_input_nodes if self._is_same(given, value)), None)) is not None:
+            self.same[node] = same
+            self.add(same)
         else:
-            raise _NotSplittable(f"its result `{node.name}` is changed memory of another")
+            raise _NotSplittable(f"its result `{node.name}` is a part of changed memory")
+
+    def _is_same(self, node: Node, value: Tensor) -> bool:
+        other = self._of.env[node]
+        return isinstance(other, Tensor) and _layout(other) == _layout(value)
 
     def _again(self, node: Node) -> None:
         if self._of._computes(node) and node not in self._of._plain:
@@ -342,6 +362,10 @@ class _Needs:
         self.later.add(node)
         for given in node.all_input_nodes:
             self.add(given)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return _torch.storage_of(tensor), tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _is_known(value: Any) -> bool:

@@ -32,6 +32,7 @@ _BREAK_EVEN = 400
 _BREAK_EVEN_BLOCKS = 120
 # A network that a step calls more often than this is in a loop, which tracing the step would unroll.
 _MAX_CALLS = 4
+_STEP = "`predict_step`"
 
 
 def graph_kind(device: torch.device, config: InferenceConfig) -> Kind | None:
@@ -151,11 +152,9 @@ class StepGraphs:
                 call.begin_run()
             if self._kind == "direct":
                 self._attach_direct()
-                yield partial(self._run_direct, step)
-            else:
-                if self._modules is not None:
-                    self._attach(self._modules)
-                yield partial(self._run, step)
+            elif self._modules is not None:
+                self._attach(self._modules)
+            yield partial(self._run, step)
             # Not after an error: what a graph read last may be half done.
             if self._kind == "hpu_graph" and any(graph.holds_graphs for graph in context.graphs()):
                 self._kept = KeptWeights(self._root)
@@ -166,23 +165,22 @@ class StepGraphs:
         self._context.step += 1
         if not self._planned:
             self._planned = True
-            return self._first(step, args, kwargs)
-        if self._modules is not None:
-            return step(*args, **kwargs)
-        call = self._call("`predict_step`")
-        output = call(step, *args, **kwargs)
-        if call.given_up and self._modules is None:
-            self._use_networks(call.given_up)
+            output = self._first(step, args, kwargs)
+        elif self._modules is not None:
+            output = step(*args, **kwargs)
+        else:
+            call = self._call(_STEP)
+            output = call(step, *args, **kwargs)
+            if call.given_up:
+                self._use_networks(call.given_up)
+        self._context.tell()
         return output
-
-    def _run_direct(self, step: Step, *args: Any, **kwargs: Any) -> Any:
-        return step(*args, **kwargs)
 
     def _first(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first batch plainly, and see which networks the step calls; then choose what is traced."""
         if self._modules is not None:
             return step(*args, **kwargs)
-        call, calls = self._call("`predict_step`"), OutermostCalls()
+        call, calls = self._call(_STEP), OutermostCalls()
         with calls.watched():
             output = call.first(step, *args, **kwargs)
         self._networks = calls.networks(self._root)

@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import torch
+
 from habana_frameworks.torch.utils import debug
 
 _lock = threading.Lock()

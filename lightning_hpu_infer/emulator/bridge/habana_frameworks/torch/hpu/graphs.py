@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,8 +77,9 @@ class HPUGraph:
         """Free what was recorded; ends any capture that is going on."""
         _hpu_C.destroy(self.hpu_graph)
 
-    def __del__(self) -> None:
-        self.reset()
+    def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _ending():  # the modules that this needs may be gone, `sys` too
+            self.reset()
 
 
 class graph:
