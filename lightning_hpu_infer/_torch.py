@@ -5,6 +5,7 @@
 
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
-from torch._dynamo import device_interface
+from torch._dynamo import device_interface, eval_frame
 from torch._dynamo.types import ConvertFrameReturn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
@@ -34,6 +35,7 @@ __all__ = [
     "dynamic_dims",
     "ensure_device_interface",
     "fake_value",
+    "forget_compiled",
     "guard_gaps",
     "is_static",
     "line_of",
@@ -115,13 +117,36 @@ def compile_function(
 
     Args:
         function: What to compile. Dynamo keeps compiled code with a function's code object: see `with_its_code`.
-        backend: Called with every FX graph and its example inputs.
-        failed: Called with what Dynamo raised for a frame, which runs as plain Python then.
-        took: Called with the seconds that Dynamo spent on a frame, the backend's included.
+        backend: Called with every FX graph and its example inputs. A method of an object that outlives the result.
+        failed: A method likewise, called with what Dynamo raised for a frame, which runs as plain Python then.
+        took: Likewise, called with the seconds that Dynamo spent on a frame, the backend's included.
     """
+    backend = _weakly(backend)
     context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)  # type: ignore[no-untyped-call]
-    context.callback = _Callback(context.callback, failed, took)
+    # Kept there for `torch._dynamo.reset()` for as long as the process lives.
+    eval_frame.cached_backends.pop(id(backend), None)
+    context.callback = _Callback(context.callback, _weakly(failed), _weakly(took))
     return context(function)  # type: ignore[no-any-return]
+
+
+def forget_compiled(function: Callable[..., Any]) -> None:
+    """Free what Dynamo compiled for a function of `with_its_code`, which it would keep for good (torch 2.13)."""
+    torch._C._dynamo.eval_frame.reset_code(function.__code__)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that does not keep its object alive.
+
+    Dynamo holds backends in C++, with the code that they compiled, where the garbage collector finds no cycle.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = reference()
+        assert found is not None
+        return found(*args)
+
+    return call
 
 
 def compile_with(backend: str, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -269,7 +294,7 @@ def called_by(kind: type[nn.Module]) -> tuple[Any, ...]:
 
 
 class DataReplacements:
-    """Counts, while active, how often a tensor was given other memory: `tensor.data = x` and `swap_tensors`.
+    """Knows, while active, which tensors were given other memory: `tensor.data = x`, `set_` and `swap_tensors`.
 
     The tensor object stays the same then, and so does its version. A graph that was captured with it goes on reading
     the old memory, without any sign (bridge 1.19 `tensor_impl.cpp`, `shallow_copy_from`).
@@ -277,6 +302,7 @@ class DataReplacements:
 
     def __init__(self) -> None:
         self.count = 0
+        """Replacements so far, of any tensors."""
         self._latest: dict[int, int] = {}
         """Per tensor, by `id`, the number of its last replacement. That of a dead tensor does no harm."""
 
@@ -284,38 +310,65 @@ class DataReplacements:
         """Whether any of these tensors was given other memory after so many replacements."""
         return any(self._latest.get(id(tensor), 0) > count for tensor in tensors)
 
-    def _note(self, tensor: object) -> None:
+    def note(self, tensor: object) -> None:
+        """Note that a tensor was given other memory."""
         self.count += 1
         self._latest[id(tensor)] = self.count
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Replace `torch.Tensor.data` and `torch.utils.swap_tensors` by functions that count, for all threads."""
-        watch, original, swap = self, torch.Tensor.data, torch.utils.swap_tensors
-        own = vars(torch.Tensor).get("data")
-
-        class Data:
-            """Stands in for the descriptor."""
-
-            def __get__(self, tensor: Tensor | None, kind: Any = None) -> Any:
-                return self if tensor is None else original.__get__(tensor, kind)  # type: ignore[attr-defined]
-
-            def __set__(self, tensor: Tensor, value: Tensor) -> None:
-                watch._note(tensor)
-                original.__set__(tensor, value)  # type: ignore[attr-defined]
-
-        def swap_tensors(one: Tensor, other: Tensor) -> None:
-            watch._note(one)
-            watch._note(other)
-            swap(one, other)
-
-        torch.Tensor.data = Data()  # type: ignore[assignment]
-        torch.utils.swap_tensors = swap_tensors
+        """Watch inside of this. Several may, and end in any order."""
+        if not _watching:
+            _replace_by_watched()
+        _watching.append(self)
         try:
             yield
         finally:
-            torch.utils.swap_tensors = swap
-            if own is None:
-                del torch.Tensor.data
-            else:
-                torch.Tensor.data = own
+            _watching.remove(self)
+            if not _watching:
+                _restore_unwatched()
+
+
+_watching: list[DataReplacements] = []
+_unwatched: dict[str, Any] = {}
+
+
+def _note(tensor: object) -> None:
+    for each in _watching:
+        each.note(tensor)
+
+
+class _WatchedData:
+    """Stands in for the descriptor `torch.Tensor.data`."""
+
+    def __get__(self, tensor: Tensor | None, kind: Any = None) -> Any:
+        return self if tensor is None else _unwatched["data"].__get__(tensor, kind)
+
+    def __set__(self, tensor: Tensor, value: Tensor) -> None:
+        _note(tensor)
+        _unwatched["data"].__set__(tensor, value)
+
+
+def _watched_set(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    _note(tensor)
+    return _unwatched["set_"](tensor, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _watched_swap(one: Tensor, other: Tensor) -> None:
+    _note(one)
+    _note(other)
+    _unwatched["swap_tensors"](one, other)
+
+
+def _replace_by_watched() -> None:
+    """For all threads. `torch.Tensor` inherits both from a class in C, so that deleting them is the way back."""
+    _unwatched.update(data=torch.Tensor.data, set_=torch.Tensor.set_, swap_tensors=torch.utils.swap_tensors)
+    torch.Tensor.data = _WatchedData()  # type: ignore[assignment]
+    torch.Tensor.set_ = _watched_set  # type: ignore[assignment,method-assign]
+    torch.utils.swap_tensors = _watched_swap
+
+
+def _restore_unwatched() -> None:
+    del torch.Tensor.data, torch.Tensor.set_
+    torch.utils.swap_tensors = _unwatched["swap_tensors"]
+    _unwatched.clear()

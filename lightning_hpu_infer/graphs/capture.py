@@ -97,7 +97,8 @@ class CapturedGraph:
         self._captured = parts.captured.forward
         self._rest = parts.rest.forward if parts.rest is not None else None
         self._parts = parts
-        self._where = _torch.users_line(module)
+        line = _torch.users_line(module)
+        self._where = f", at {line}" if line else ""
         self._context = context
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
@@ -296,7 +297,7 @@ class CapturedGraph:
             for tensor, value in zip(before, saved, strict=True):
                 tensor.copy_(value)
             candidate.plain = str(error) if isinstance(error, _Unfit) else _in_words(error)
-            context.fails(candidate.plain, self._where)
+            context.fails(f"{candidate.plain}{self._where}")
             return self._run_plainly(args, candidate.plain)
         context.counts.captures += 1
         weights.entries[key] = entry
@@ -357,7 +358,7 @@ class CapturedGraph:
             reason = f"a replay differs from the plain ops ({found})"
             del weights.entries[key]
             weights.candidate(key).plain = reason
-            self._context.fails(reason, self._where)
+            self._context.fails(f"{reason}{self._where}")
         return self._finish(args, expected)
 
     def _hold_budget(self, weights: _Weights) -> None:

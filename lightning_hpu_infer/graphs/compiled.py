@@ -37,7 +37,8 @@ class CompiledGraph:
         self._plain = module.forward
         self._compiled = compiled
         self._context = context
-        self._where = _torch.users_line(module)
+        line = _torch.users_line(module)
+        self._where = f", at {line}" if line else ""
         self._written = parts.written
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
@@ -110,5 +111,5 @@ class CompiledGraph:
             if found := difference([*results, *after], [*plain, *written]):
                 self._failed = f"its program differs from the plain ops ({found})"
         if self._failed:
-            self._context.fails(self._failed, self._where)
+            self._context.fails(f"{self._failed}{self._where}")
         return expected

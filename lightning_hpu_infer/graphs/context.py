@@ -75,18 +75,16 @@ class GraphContext:
         while self._to_tell:
             rank_zero_warn(self._to_tell.pop(0))
 
-    def fails(self, reason: str, where: str) -> None:
+    def fails(self, reason: str) -> None:
         """Say once that a part of the function that runs has no graph.
 
         Args:
-            reason: In words.
-            where: The user's line, or empty.
+            reason: In words, with the user's line.
         """
         what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
-        place = f" ({where})" if where else ""
-        self.warn(f"fails {reason}", f"A part of {self.name}{place} runs without {what}: {reason}.")
+        self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}.")
 
-    def partly(self, reason: str, where: str) -> None:
+    def partly(self, reason: str) -> None:
         """Note that a part of a traced graph runs plainly behind the captured part."""
         self.counts.reasons[f"partly: {reason}"] += 1
 

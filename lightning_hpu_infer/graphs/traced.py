@@ -1,5 +1,6 @@
 """A function that runs plainly until tracing it pays, and then through what TorchDynamo made of it."""
 
+import weakref
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -66,6 +67,9 @@ class TracedCall:
         self._classes: list[type[nn.Module]] = []
         self._debt = 0.0
         self._failure: Exception | None = None
+        self._with_graphs = 0
+        self._without = ""
+        """Why a part of what was traced has no graph."""
         self.given_up = ""
         """Why it is traced no longer; empty while it may be."""
 
@@ -83,9 +87,10 @@ class TracedCall:
         key = _torch.guard_gaps(), tuple(_torch.called_by(kind) for kind in self._classes)
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = _torch.compile_function(
-                _torch.with_its_code(self._template), self._backend, self._fails, self._took
-            )
+            traced = _torch.with_its_code(self._template)
+            weakref.finalize(self, _torch.forget_compiled, traced).atexit = False
+            variant = _torch.compile_function(traced, self._backend, self._fails, self._took)
+            self._variants[key] = variant
         traces = self._context.counts.traces
         if self._structure in self._marked:
             output = variant(function, args, kwargs)
@@ -179,11 +184,13 @@ class TracedCall:
             return CompiledGraph(module, parts, _torch.compile_with(context.kind, module, example_inputs), context)
         if parts.captured is not None:
             if parts.reason:
-                context.partly(parts.reason, _torch.users_line(module))
+                context.partly(parts.reason)
+            self._with_graphs += 1
             return CapturedGraph(module, parts, context)
         if not parts.reason:
             return module.forward  # There is nothing to launch.
-        context.fails(parts.reason, _torch.users_line(module))
+        line = _torch.users_line(module)
+        self._without = self._without or f"{parts.reason}{f', at {line}' if line else ''}"
 
         def plain(*args: Any) -> Any:
             context.counts.plain(parts.reason)
@@ -211,6 +218,10 @@ class TracedCall:
             self.given_up, self._context.gives_up = self._context.gives_up, ""
         elif self._debt > _MAX_DEBT:
             self.given_up = "it is traced anew in nearly every call, since it uses a Python value that changes"
+        elif self._without and not self._with_graphs:
+            self.given_up = self._without
+        elif self._without:
+            self._context.fails(self._without)
 
 
 def tensors_in(data: Any) -> Iterator[Tensor]:
