@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -66,10 +67,14 @@ def _settings() -> dict[str, Any]:
         limits[1]: 4096,
         # By default a hook that is registered after the first call is not noticed.
         "skip_nnmodule_hook_guards": False,
+        # A float that changed once would be an input on the host from then on, which no graph can have.
+        "specialize_float": True,
+        # By default everything that calls an `nn.LSTM` runs plainly.
+        "allow_rnn": True,
     }
     if hasattr(dynamo_config, "skip_guards_on_constant_func_defaults"):  # since torch 2.10
         settings["skip_guards_on_constant_func_defaults"] = False
-    return settings
+    return {name: value for name, value in settings.items() if hasattr(dynamo_config, name)}
 
 
 class _Callback:
@@ -85,26 +90,35 @@ class _Callback:
         self._failed = failed
         self._took = took
         self._settings = _settings()
+        self._skipped: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
+        """Code of frames that could not be traced."""
         # By this chain Dynamo finds the backend that a compiled frame belongs to (`convert_frame.py`).
         self._torchdynamo_orig_backend = inner  # torch >= 2.8
         self._torchdynamo_orig_callable = inner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
+        if frame.f_code in self._skipped:
+            return _skip()
         start = perf_counter()
         try:
             with dynamo_config.patch(**self._settings), warnings.catch_warnings():  # type: ignore[no-untyped-call]
                 # Advice about how to write code for torch.compile, which the user did not ask for.
                 warnings.filterwarnings("ignore", module=r"torch\._dynamo")
                 warnings.filterwarnings("ignore", message=".*(torch.compile|Dynamo)")
-                return self._inner(*args, **kwargs)
+                return self._inner(frame, *args, **kwargs)
         except Exception as error:
+            self._skipped.add(frame.f_code)
             self._failed(error)
-            skipped = ConvertFrameReturn()
-            # This frame runs as it is now; whether it is ever compiled again is for the caller to say.
-            skipped.apply_to_code = False
-            return skipped
+            return _skip()
         finally:
             self._took(perf_counter() - start)
+
+
+def _skip() -> Any:
+    """What tells Dynamo to run a frame as it is, and to ask again next time: its code may be the user's."""
+    skipped = ConvertFrameReturn()
+    skipped.apply_to_code = False
+    return skipped
 
 
 def compile_function(
@@ -158,11 +172,14 @@ def compile_with(backend: str, module: GraphModule, example_inputs: Any) -> Call
 def with_its_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a function with a code object of its own, and so with a cache of compiled code of its own."""
     assert isinstance(function, types.FunctionType)
-    # `replace()` without a change may return the same object.
-    code = function.__code__.replace(co_varnames=function.__code__.co_varnames)
+    # Dynamo remembers by file, line and name which values have changed, and takes those for dynamic in other models too.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copied = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied
+
+
+_numbers = count()
 
 
 @contextmanager

@@ -24,6 +24,8 @@ Key = tuple[Any, ...]
 _MAX_KEYS = 1024
 # Calls in a row that differ from all before in Python numbers only, after which these are taken for data.
 _MANY_NUMBERS = 4
+# Sets of values of host inputs that are remembered.
+_MAX_HOST_VALUES = 4
 
 
 class _Unfit(Exception):
@@ -106,10 +108,14 @@ class CapturedGraph:
         self._arity = len(nodes)
         tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor) and nodes[i].name in used]
         self._static_places = [i for i in tensors if _torch.is_static(nodes[i]) or i in parts.written]
-        self._places = [i for i in tensors if i not in self._static_places]
+        self._hosted = list(parts.hosted)
+        self._host_values: list[tuple[int, list[Tensor]]] = []
+        """Values of the host inputs, each with a number, newest first."""
+        self._host_number = 0
+        self._places = [i for i in tensors if i not in self._static_places and i not in parts.hosted]
         self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
         symbolic = any(type(size) is str for i in tensors for size in _torch.sizes_of(values[i]))
-        self._keyed = symbolic or bool(self._numbers)
+        self._keyed = symbolic or bool(self._numbers) or bool(self._hosted)
         self._statics = _getter(self._static_places)
         self._written = [self._static_places.index(i) for i in parts.written]
         self._weights: list[_Weights] = []
@@ -181,7 +187,19 @@ class CapturedGraph:
         if not self._keyed:
             return ()
         numbers = tuple(args[i] for i in self._numbers)
-        return numbers, tuple(_torch.tensor_description(args[i]) for i in self._places)
+        hosted = self._number_of([args[i] for i in self._hosted]) if self._hosted else 0
+        return numbers, tuple(_torch.tensor_description(args[i]) for i in self._places), hosted
+
+    def _number_of(self, tensors: list[Tensor]) -> int:
+        """The number of these values of the host inputs, which a graph keeps as they are when it is captured."""
+        for place, (number, known) in enumerate(self._host_values):
+            if all(map(torch.equal, known, tensors)):
+                self._host_values.insert(0, self._host_values.pop(place))
+                return number
+        self._host_number += 1
+        self._host_values.insert(0, (self._host_number, [tensor.clone() for tensor in tensors]))
+        del self._host_values[_MAX_HOST_VALUES:]
+        return self._host_number
 
     def _drop(self, weights: _Weights) -> None:
         if weights.entries:
@@ -229,6 +247,11 @@ class CapturedGraph:
 
     def _not_yet(self, weights: _Weights, key: Key, candidate: _Candidate) -> str:
         """Why a shape gets no graph this time."""
+        if self._hosted and candidate.seen == 1:
+            self._number_misses += 1
+            if self._number_misses >= _MANY_NUMBERS:
+                self._context.too_many_host_values()
+            return "the values of its inputs on the host are new"
         if self._differs_in_numbers_only(weights, key):
             if candidate.seen == 1:
                 self._number_misses += 1
@@ -244,7 +267,7 @@ class CapturedGraph:
         if not self._keyed or not self._numbers:
             return False
         known = (*weights.entries, *weights.candidates)
-        return any(other[1] == key[1] and other[0] != key[0] for other in known)
+        return any(other[1:] == key[1:] and other[0] != key[0] for other in known)
 
     def _make_room(self, weights: _Weights, candidate: _Candidate) -> str:
         """Drop the least recently used graph if there are too many; why it may not be dropped, if it may not.

@@ -92,6 +92,10 @@ class GraphContext:
         """Note that Python numbers decide what a graph is good for."""
         self.gives_up = "it uses a Python number that changes from call to call, such as `batch_idx`"
 
+    def too_many_host_values(self) -> None:
+        """Note that tensors on the host decide what a graph is good for."""
+        self.gives_up = "it is given tensors on the host that change from call to call, which no graph can read"
+
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Surround a capture with this; leaves a clean state if it fails.

@@ -77,6 +77,8 @@ class BatchDimension:
             one != other for i, (one, other) in enumerate(zip(large[0], small[0], strict=True)) if i != place
         ):
             return None
+        if large[2] != small[2]:
+            return None
         for (shape, stride, dtype), (short, short_stride, short_dtype) in zip(large[1], small[1], strict=True):
             if (stride, dtype, shape[1:]) != (short_stride, short_dtype, short[1:]):
                 return None

@@ -1,5 +1,6 @@
 """What of an FX graph a device graph may repeat: a captured part, and the rest, which runs as it is afterwards."""
 
+import operator
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from lightning_hpu_infer import _torch
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 # Arguments that make an op draw no random numbers although it is tagged as one that may.
 _NOT_RANDOM = (("dropout_p", 0.0), ("p", 0.0), ("train", False), ("training", False))
+# Host tensors up to this size, in bytes, may be inputs of a captured part, which is good for their values only.
+_MAX_HOST_BYTES = 2**23
 # Switches of a mode that surround ops. They depend on no tensor, and both parts need them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
@@ -41,6 +44,9 @@ class Split:
     written: tuple[int, ...]
     """Places of the inputs whose memory `captured` writes to."""
 
+    hosted: tuple[int, ...]
+    """Places of host tensors whose values `captured` depends on."""
+
     random: bool
     """Whether any op of the graph draws random numbers, so that it cannot be run twice for comparison."""
 
@@ -55,7 +61,32 @@ def split(module: GraphModule, device_type: str) -> Split:
         module: A graph as Dynamo hands it to a backend: its placeholders carry fake tensors or symbolic numbers.
         device_type: The type of the device that captures.
     """
+    _rewrite_masks(module)
     return _Splitter(module, device_type).split()
+
+
+def _rewrite_masks(module: GraphModule) -> None:
+    """Make `x[mask] = number` a `masked_fill_`, which does the same and does not ask how much of the mask is set."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target is not operator.setitem or not isinstance(node.args[1], Node):
+            continue
+        changed, mask, number = node.args
+        given, values = _torch.fake_value(changed), _torch.fake_value(mask)
+        if (
+            isinstance(given, Tensor)
+            and isinstance(values, Tensor)
+            and isinstance(number, int | float)
+            and values.dtype is torch.bool
+            and values.device == given.device
+            and values.shape == given.shape[: values.dim()]
+        ):
+            with module.graph.inserting_before(node):
+                missing = (None,) * (given.dim() - values.dim())
+                wide = module.graph.call_function(operator.getitem, (mask, (..., *missing))) if missing else mask
+                filled = module.graph.call_method("masked_fill_", (changed, wide, number))
+            node.replace_all_uses_with(filled)
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 class _Recorder(_torch.Dispatch):  # type: ignore[misc]
@@ -131,6 +162,8 @@ class _Splitter(Interpreter):
         """Per memory: the first node that showed it."""
         self._views: set[Node] = set()
         """Nodes that compute nothing and only show memory that was there before."""
+        self._constant: set[Node] = set()
+        """Nodes on the host that depend on literals and host inputs alone: the same whenever those are the same."""
         self._random = False
 
     # Analysis
@@ -140,7 +173,7 @@ class _Splitter(Interpreter):
         placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in placeholders]
         host = any(isinstance(v, Tensor) and v.device.type != self._device_type for v in values)
-        nothing = Split(None, (), None, "", (), True, host)
+        nothing = Split(None, (), None, "", (), (), True, host)
         missing = next((n for n, v in zip(placeholders, values, strict=True) if not _is_known(v)), None)
         if missing is not None:
             return _with_reason(nothing, f"its input `{missing.name}` is neither a tensor nor a number")
@@ -182,14 +215,25 @@ class _Splitter(Interpreter):
                 return self._plain[given]
         if self._recorder.problem:
             return self._recorder.problem
+        if self._is_constant(node, tensors):
+            self._constant.add(node)
+            return ""
         device = next((tensor.device for tensor in tensors if tensor.device.type != self._device_type), None)
         if device is not None:
             if node.op == "placeholder":
                 return f"its input `{node.name}` is on {device}, and a graph would repeat the first value"
             return f"it works on {device} ({node.target})"
-        if any(tensor.requires_grad for tensor in tensors) and node.op != "placeholder":
+        # A view of a weight requires gradients in inference mode too.
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and node.op != "placeholder":
             return "it records gradients"
         return ""
+
+    def _is_constant(self, node: Node, tensors: list[Tensor]) -> bool:
+        if not tensors or self._writes[node] or any(tensor.device.type != "cpu" for tensor in tensors):
+            return False
+        if node.op == "placeholder":
+            return bool(sum(tensor.numel() * tensor.itemsize for tensor in tensors) <= _MAX_HOST_BYTES)
+        return all(given in self._constant for given in node.all_input_nodes)
 
     # Construction
 
@@ -199,7 +243,7 @@ class _Splitter(Interpreter):
         reason = next(iter(self._plain[node] for node in nodes if node in self._plain and not self._is_idle(node)), "")
         captured = [node for node in nodes if self._computes(node) and node not in self._plain]
         plain = [node for node in nodes if self._computes(node) and node in self._plain]
-        nothing = Split(None, (), None, reason, (), self._random, host)
+        nothing = Split(None, (), None, reason, (), (), self._random, host)
         if not captured or len(captured) < len(plain):
             return nothing
         if plain and not self._commute(nodes):
@@ -220,12 +264,15 @@ class _Splitter(Interpreter):
             for place, node in enumerate(placeholders)
             if isinstance(self.env[node], Tensor) and _torch.storage_of(self.env[node]) in written
         )
+        inside = self._captured_nodes(captured, exports)
+        used = {given for node in inside for given in node.all_input_nodes}
         return Split(
-            self._build(placeholders, self._captured_nodes(captured, exports), exports, None, {}),
+            self._build(placeholders, inside, exports, None, {}),
             tuple(self.env[node] for node in exports),
             None if simple else self._build(placeholders, needs.later | self._switches, exports, nodes[-1], needs.same),
             reason,
             places,
+            tuple(i for i, node in enumerate(placeholders) if node in self._constant and node in used),
             self._random,
             host,
         )
@@ -236,6 +283,8 @@ class _Splitter(Interpreter):
     def _computes(self, node: Node) -> bool:
         """Whether a node is work for a device, or has an effect."""
         if node.op not in ("call_function", "call_method", "call_module") or node in self._switches:
+            return False
+        if node in self._constant:
             return False
         if self._writes[node]:
             return True
@@ -338,7 +387,8 @@ class _Needs:
         if node.op == "placeholder" or node in self.later or node in self.exports or node in self.same:
             return
         value = of.env[node]
-        if node in of._plain or node in of._switches or node.op == "get_attr" or not isinstance(value, Tensor):
+        again = node in of._plain or node in of._switches or node in of._constant or node.op == "get_attr"
+        if again or not isinstance(value, Tensor):
             self._again(node)
             return
         storage = _torch.storage_of(value)
@@ -377,4 +427,4 @@ def _nodes_in(arguments: Any) -> Iterable[Node]:
 
 
 def _with_reason(nothing: Split, reason: str) -> Split:
-    return Split(None, (), None, reason, (), nothing.random, nothing.reads_host)
+    return Split(None, (), None, reason, (), (), nothing.random, nothing.reads_host)

@@ -67,7 +67,7 @@ class TracedCall:
         self._classes: list[type[nn.Module]] = []
         self._debt = 0.0
         self._failure: Exception | None = None
-        self._with_graphs = 0
+        self._with_graphs = self._idle = 0
         self._without = ""
         """Why a part of what was traced has no graph."""
         self.given_up = ""
@@ -86,6 +86,7 @@ class TracedCall:
             return function._call_impl(*args, **kwargs) if self._of_modules else function(*args, **kwargs)
         key = _torch.guard_gaps(), tuple(_torch.called_by(kind) for kind in self._classes)
         variant = self._variants.get(key)
+        first = variant is None
         if variant is None:
             traced = _torch.with_its_code(self._template)
             weakref.finalize(self, _torch.forget_compiled, traced).atexit = False
@@ -98,7 +99,7 @@ class TracedCall:
             self._marked.add(self._structure)
             with _torch.dynamic_dims(self._varying(args, kwargs)):
                 output = variant(function, args, kwargs)
-        if traces != self._context.counts.traces or self._failure is not None or self._context.gives_up:
+        if traces != self._context.counts.traces or first or self._failure is not None or self._context.gives_up:
             self._traced()
         else:
             self._debt = max(0.0, self._debt - 1 / _CALLS_PER_TRACE)
@@ -181,6 +182,7 @@ class TracedCall:
         context.name = self.name
         parts = split(module, context.device.type)
         if context.kind != "hpu_graph":
+            self._with_graphs += 1
             return CompiledGraph(module, parts, _torch.compile_with(context.kind, module, example_inputs), context)
         if parts.captured is not None:
             if parts.reason:
@@ -188,6 +190,7 @@ class TracedCall:
             self._with_graphs += 1
             return CapturedGraph(module, parts, context)
         if not parts.reason:
+            self._idle += 1
             return module.forward  # There is nothing to launch.
         line = _torch.users_line(module)
         self._without = self._without or f"{parts.reason}{f', at {line}' if line else ''}"
@@ -209,19 +212,20 @@ class TracedCall:
         """Judge after a call that traced whether that leads anywhere."""
         self._classes = list(dict.fromkeys(type(module) for module in self._root.modules()))
         self._debt += 1
+        failure = ""
         if self._failure is not None:
             error, self._failure = self._failure, None
             message = " ".join(str(error).split("\n\n")[0].split())[:300]
             line = _torch.line_of(error)
-            self.given_up = f"tracing failed{f' at {line}' if line else ''} ({type(error).__name__}: {message})"
-        elif self._context.gives_up:
+            failure = f"tracing failed{f' at {line}' if line else ''} ({type(error).__name__}: {message})"
+        if self._context.gives_up:
             self.given_up, self._context.gives_up = self._context.gives_up, ""
         elif self._debt > _MAX_DEBT:
             self.given_up = "it is traced anew in nearly every call, since it uses a Python value that changes"
-        elif self._without and not self._with_graphs:
-            self.given_up = self._without
-        elif self._without:
-            self._context.fails(self._without)
+        elif not self._with_graphs and (failure or self._without or not self._idle):
+            self.given_up = failure or self._without or "there is nothing in it that TorchDynamo can trace"
+        elif failure or self._without:
+            self._context.fails(failure or self._without)
 
 
 def tensors_in(data: Any) -> Iterator[Tensor]:
