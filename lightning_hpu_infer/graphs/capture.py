@@ -22,7 +22,7 @@ Key = tuple[Any, ...]
 
 # Shapes of one FX graph that are remembered, captured or not.
 _MAX_KEYS = 1024
-# Calls in a row that differ from all before in Python numbers only, after which these are taken for data.
+# Steps in a row with a Python number, or values on the host, that are new, after which these are taken for data.
 _MANY_NUMBERS = 4
 # Sets of values of host inputs that are remembered.
 _MAX_HOST_VALUES = 4
@@ -39,6 +39,8 @@ class _Entry:
     run: Callable[..., list[Tensor]]
     """Takes the tensors that change from call to call; its results are overwritten by the next call."""
     to_verify: int
+    carried: list[Tensor]
+    """Its own memory in place of inputs that it writes to and that are no buffers of the model."""
     nbytes: int = 0
     """Device memory that the capture took, roughly."""
     used: int = 0
@@ -58,11 +60,12 @@ class _Candidate:
     may_pad: bool = True
 
 
-@dataclass
+@dataclass(eq=False)
 class _Weights:
     """The tensors that a number of graphs were captured with: they read this memory, whatever the module holds."""
 
     tensors: tuple[Any, ...]
+    """Those tensors; their `id`s while there is no graph, so that nothing is kept alive."""
     replacements: int
     """How many replacements of tensor data were looked at."""
     entries: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
@@ -84,8 +87,9 @@ class _Weights:
 class CapturedGraph:
     """What Dynamo calls in place of one FX graph, in lazy mode.
 
-    Weights and whatever the graph writes to are closed over and compared by identity in each call; the other inputs are
-    given to each replay. Main thread only. The results are the caller's: nothing overwrites them.
+    Weights and buffers are closed over and compared by identity in each call; the other inputs are given to each replay.
+    Of those that the graph writes to, such as a cache of keys and values, it has a copy that is filled before a replay
+    and copied back after it. Main thread only. The results are the caller's: nothing overwrites them.
 
     Args:
         module: The graph as Dynamo traced it.
@@ -107,22 +111,26 @@ class CapturedGraph:
         used = {node.name for node in parts.captured.graph.nodes if node.op == "placeholder" and node.users}
         self._arity = len(nodes)
         tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor) and nodes[i].name in used]
-        self._static_places = [i for i in tensors if _torch.is_static(nodes[i]) or i in parts.written]
+        self._static_places = [i for i in tensors if _torch.is_static(nodes[i])]
+        self._carried: list[int] | None = None
+        """Places of the inputs that are written and are no buffers; found at the first capture."""
         self._hosted = list(parts.hosted)
         self._host_values: list[tuple[int, list[Tensor]]] = []
         """Values of the host inputs, each with a number, newest first."""
         self._host_number = 0
         self._places = [i for i in tensors if i not in self._static_places and i not in parts.hosted]
-        self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
+        self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor) and nodes[i].name in used]
         symbolic = any(type(size) is str for i in tensors for size in _torch.sizes_of(values[i]))
         self._keyed = symbolic or bool(self._numbers) or bool(self._hosted)
         self._statics = _getter(self._static_places)
-        self._written = [self._static_places.index(i) for i in parts.written]
         self._weights: list[_Weights] = []
+        """Those with graphs."""
+        self._new_weights: dict[tuple[int, ...], _Weights] = {}
+        """Those without, by the `id`s of their tensors."""
         self._calls = 0
         self._captured_in = -1
-        self._number_misses = 0
-        self._batch = BatchDimension.of(parts.results, values, self._places) if context.config.pad_batch else None
+        self._misses, self._missed_in = 0, -1
+        self._batch = BatchDimension.of(parts.results, values, self._places, self._numbers) if context.config.pad_batch else None
         context.register(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -130,6 +138,8 @@ class CapturedGraph:
         if self._context.capturing or torch.is_grad_enabled():
             return self._plain(*args)
         self._calls += 1
+        if self._carried is None:
+            self._carry(args)
         weights, key = self._weights_of(args), self._key(args)
         entry = weights.entries.get(key)
         if entry is not None and not entry.to_verify:
@@ -175,13 +185,25 @@ class CapturedGraph:
                     weights.replacements = replacements.count
                 weights.used = self._calls
                 return weights
-        # Some are gone for good, a few may come back: an adapter, say. Blocks that share this graph are all in use.
-        limit = 16 + 4 * len(self._weights)
-        for weights in [each for each in self._weights if self._calls - each.used > limit]:
-            self._drop(weights)
-        made = _Weights(statics, replacements.count, used=self._calls)
-        self._weights.append(made)
+        ids = tuple(map(id, statics))
+        if (known := self._new_weights.get(ids)) is not None:
+            known.used = self._calls
+            return known
+        made = self._new_weights[ids] = _Weights(ids, replacements.count, used=self._calls)
+        if len(self._new_weights) > _MAX_KEYS:
+            del self._new_weights[next(iter(self._new_weights))]
         return made
+
+    def _keep(self, weights: _Weights, args: Arguments) -> None:
+        """Hold the tensors of weights that are about to have their first graph."""
+        if not any(each is weights for each in self._weights):
+            self._new_weights.pop(weights.tensors, None)
+            weights.tensors, weights.replacements = self._statics(args), self._context.replacements.count
+            # Some are gone for good, a few may come back: an adapter, say. Blocks that share this graph are all in use.
+            limit = 16 + 4 * len(self._weights)
+            for unused in [each for each in self._weights if self._calls - each.used > limit]:
+                self._drop(unused)
+            self._weights.append(weights)
 
     def _key(self, args: Arguments) -> Key:
         if not self._keyed:
@@ -204,6 +226,7 @@ class CapturedGraph:
     def _drop(self, weights: _Weights) -> None:
         if weights.entries:
             _habana.synchronize()  # The last replay may still be running.
+        weights.entries.clear()
         self._weights.remove(weights)
 
     # Replay
@@ -215,12 +238,17 @@ class CapturedGraph:
     def _replay(self, entry: _Entry, args: Arguments) -> list[Tensor]:
         """The results of a replay, which are the caller's."""
         self._context.counts.replays += 1
-        return self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args))
+        return self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args), args)
 
-    @staticmethod
-    def _run(entry: _Entry, inputs: list[Tensor]) -> list[Tensor]:
+    def _run(self, entry: _Entry, inputs: list[Tensor], args: Arguments) -> list[Tensor]:
+        carried = [args[place] for place in self._carried or ()]
+        for own, given in zip(entry.carried, carried, strict=True):
+            own.copy_(given)
         # The next replay overwrites the graph's own tensors.
-        return [result.clone() for result in entry.run(*inputs)]
+        results = [result.clone() for result in entry.run(*inputs)]
+        for own, given in zip(entry.carried, carried, strict=True):
+            given.copy_(own)
+        return results
 
     def _finish(self, args: Arguments, results: list[Tensor]) -> Any:
         return tuple(results) if self._rest is None else self._rest(*args, *results)
@@ -247,21 +275,28 @@ class CapturedGraph:
 
     def _not_yet(self, weights: _Weights, key: Key, candidate: _Candidate) -> str:
         """Why a shape gets no graph this time."""
+        if candidate.seen == 1 and self._weights and not weights.entries:
+            return "the weights that it is called with are new"
         if self._hosted and candidate.seen == 1:
-            self._number_misses += 1
-            if self._number_misses >= _MANY_NUMBERS:
+            if self._many_misses():
                 self._context.too_many_host_values()
             return "the values of its inputs on the host are new"
         if self._differs_in_numbers_only(weights, key):
             if candidate.seen == 1:
-                self._number_misses += 1
-                if self._number_misses >= _MANY_NUMBERS:
+                if self._many_misses():
                     self._context.too_many_numbers()
                 return "it is given a Python number that changes, and this value is new"
         elif self._captured_in == self._context.step and candidate.seen == 1:
             # One step calls this graph with many shapes, as a decoder with a growing cache does.
             return "its shapes are new"
         return ""
+
+    def _many_misses(self) -> bool:
+        """Count a step in which a value was new, and say whether there were many in a row."""
+        if self._missed_in != self._context.step:
+            self._misses = self._misses + 1 if self._missed_in == self._context.step - 1 else 1
+            self._missed_in = self._context.step
+        return self._misses >= _MANY_NUMBERS
 
     def _differs_in_numbers_only(self, weights: _Weights, key: Key) -> bool:
         if not self._keyed or not self._numbers:
@@ -307,11 +342,12 @@ class CapturedGraph:
         before, memory = self._written_tensors(args), context.memory_in_use()
         saved = [tensor.clone() for tensor in before]
         try:
-            entry = _Entry(self._graphed(args), verify + 1 if verify and not self._parts.random else 0)
+            entry = self._graphed(args)
+            entry.to_verify = verify + 1 if verify else 0
             # A capture matches its inputs by tensor: none may be another's alias, a weight's least of all.
             inputs = [args[i].clone() for i in self._places]
             with context.capture():
-                results = self._run(entry, inputs)
+                results = self._run(entry, inputs, args)
             entry.nbytes = max(0, context.memory_in_use() - memory)
             budget = context.config.graph_memory
             if budget is not None and entry.nbytes > budget:
@@ -323,18 +359,30 @@ class CapturedGraph:
             context.fails(f"{candidate.plain}{self._where}")
             return self._run_plainly(args, candidate.plain)
         context.counts.captures += 1
+        self._keep(weights, args)
         weights.entries[key] = entry
         weights.candidates.pop(key, None)
         self._hold_budget(weights)
         entry.used = self._calls
         return self._check(weights, key, entry, args, results, saved)
 
-    def _graphed(self, args: Arguments) -> Callable[..., list[Tensor]]:
+    def _carry(self, args: Arguments) -> None:
+        """Find what is written and not the model's own: it may be another tensor in each call."""
+        buffers = self._context.registered()
+        self._carried = [place for place in self._parts.written if id(args[place]) not in buffers]
+        self._static_places = [place for place in self._static_places if place not in self._carried]
+        self._places = [place for place in self._places if place not in self._carried]
+        self._statics = _getter(self._static_places)
+
+    def _graphed(self, args: Arguments) -> _Entry:
         """The captured part as a function of the tensors that change from call to call."""
         forward, places = self._captured, self._places
         fixed = list(args)
         for place in places:
             fixed[place] = None  # only the first batch, which would take device memory
+        carried = [args[place].clone() for place in self._carried or ()]
+        for place, own in zip(self._carried or (), carried, strict=True):
+            fixed[place] = own
 
         def function(*tensors: Tensor) -> list[Tensor]:
             given = fixed.copy()
@@ -342,7 +390,7 @@ class CapturedGraph:
                 given[place] = tensor
             return list(forward(*given))
 
-        return _habana.graphed(function)
+        return _Entry(_habana.graphed(function), 0, carried)
 
     def _written_tensors(self, args: Arguments) -> list[Tensor]:
         return [args[place] for place in self._parts.written]
@@ -398,7 +446,7 @@ class CapturedGraph:
         fitting = [
             (rows, other)
             for other, entry in weights.entries.items()
-            if not entry.to_verify and (rows := self._batch.rows_of(other, key, self._numbers)) is not None
+            if not entry.to_verify and (rows := self._batch.larger_rows(other, key)) is not None
         ]
         return min(fitting, key=itemgetter(0))[1] if fitting else None
 
@@ -411,8 +459,8 @@ class CapturedGraph:
         if self._parts.written:
             candidate.may_pad = False
             return self._new(weights, key, None, args)
-        padded = self._batch.pad(args, self._batch.of_key(large, self._numbers))
-        results = self._batch.cut(self._replay(entry, padded), self._batch.of_key(key, self._numbers))
+        padded = self._batch.pad(args, self._batch.rows_of(large))
+        results = self._batch.cut(self._replay(entry, padded), self._batch.rows_of(key))
         self._context.counts.padded += 1
         if candidate.seen == 1 and not self._parts.random:
             expected = list(self._captured(*args))

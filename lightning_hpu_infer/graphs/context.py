@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.config import InferenceConfig
@@ -21,12 +22,14 @@ class GraphContext:
     """What the graphs of a model share. Used by the main thread only.
 
     Args:
+        root: The model.
         config: Its options for graphs are used.
         device: Where the model is in a run.
         kind: "hpu_graph", "direct", or the backend that compiles FX graphs.
     """
 
-    def __init__(self, config: InferenceConfig, device: torch.device, kind: str) -> None:
+    def __init__(self, root: nn.Module, config: InferenceConfig, device: torch.device, kind: str) -> None:
+        self._root = root
         self.config = config
         self.device = device
         self.kind = kind
@@ -58,6 +61,10 @@ class GraphContext:
     def graphs(self) -> list[Any]:
         """Those that are in use."""
         return list(self._graphs)
+
+    def registered(self) -> set[int]:
+        """The parameters and buffers of the model, each by `id`."""
+        return {id(tensor) for tensor in (*self._root.parameters(), *self._root.buffers())}
 
     def release(self) -> None:
         """Free what all graphs hold, without waiting for the garbage collector."""

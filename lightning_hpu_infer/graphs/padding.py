@@ -12,18 +12,23 @@ from lightning_hpu_infer.shapes import pad_rows
 
 @dataclass(frozen=True)
 class BatchDimension:
-    """The symbol that stands for the number of rows, and where it occurs."""
+    """The symbol that stands for the number of rows, and where it occurs.
 
-    number: int
-    """The place among the graph's inputs that holds its value."""
+    A *key* is what `CapturedGraph` keeps of the inputs: `(numbers, descriptions of tensors, values on the host)`.
+    """
+
     inputs: tuple[int, ...]
-    """The places of tensors whose first dimension it is."""
+    """The places, among the graph's inputs, of tensors whose first dimension it is."""
+    described: tuple[int, ...]
+    """The places of the same tensors in a key."""
+    numbers: tuple[int, ...]
+    """The places in a key's numbers that hold its value."""
     outputs: tuple[tuple[int, ...], ...]
     """Per result, the dimensions that it is."""
 
     @classmethod
     def of(
-        cls, results: Sequence[Tensor], values: Sequence[Any], places: Sequence[int]
+        cls, results: Sequence[Tensor], values: Sequence[Any], places: Sequence[int], numbers: Sequence[int]
     ) -> "BatchDimension | None":
         """Find it. None if there is none, or if anything but a size depends on it.
 
@@ -31,25 +36,27 @@ class BatchDimension:
             results: The fake tensors that the captured part returns.
             values: The fake values of the graph's inputs.
             places: Which of them are tensors that change from batch to batch.
+            numbers: Which of them are numbers.
         """
         first = {sizes[0] for i in places if (sizes := _torch.sizes_of(values[i])) and type(sizes[0]) is str}
-        for symbol in sorted(first, key=str):
-            found = cls._with(str(symbol), results, values, places)
-            if found is not None:
-                return found
-        return None
+        candidates = (cls._with(str(symbol), results, values, places, numbers) for symbol in sorted(first, key=str))
+        return next((found for found in candidates if found is not None), None)
 
     @classmethod
     def _with(
-        cls, symbol: str, results: Sequence[Tensor], values: Sequence[Any], places: Sequence[int]
+        cls,
+        symbol: str,
+        results: Sequence[Tensor],
+        values: Sequence[Any],
+        places: Sequence[int],
+        numbers: Sequence[int],
     ) -> "BatchDimension | None":
-        numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor) and _text(value) == symbol]
         inputs = []
         for i in places:
-            sizes = _torch.sizes_of(values[i])
-            if any(_mentions(size, symbol) for size in sizes[1:]):
+            first, *others = _torch.sizes_of(values[i]) or [1]
+            if any(_mentions(size, symbol) for size in others):
                 return None
-            if sizes and sizes[0] == symbol:
+            if first == symbol:
                 inputs.append(i)
         outputs = []
         for value in results:
@@ -58,38 +65,36 @@ class BatchDimension:
             if not dims or any(_mentions(size, symbol) and size != symbol for size in sizes):
                 return None
             outputs.append(dims)
-        return cls(numbers[0], tuple(inputs), tuple(outputs)) if numbers else None
+        described = tuple(list(places).index(i) for i in inputs)
+        counted = tuple(place for place, i in enumerate(numbers) if _text(values[i]) == symbol)
+        return cls(tuple(inputs), described, counted, tuple(outputs))
 
-    def of_key(self, key: Any, numbers: Sequence[int]) -> int:
-        """The number of rows that a shape has.
+    def rows_of(self, key: Any) -> int:
+        """The number of rows of a shape."""
+        return int(key[1][self.described[0]][0][0])
 
-        Args:
-            key: `(numbers, descriptions)` as `CapturedGraph` keeps them.
-            numbers: The places of the numbers in the graph's inputs.
-        """
-        return int(key[0][numbers.index(self.number)])
-
-    def rows_of(self, large: Any, small: Any, numbers: Sequence[int]) -> int | None:
+    def larger_rows(self, large: Any, small: Any) -> int | None:
         """The number of rows of one shape, if another differs from it in having fewer, and in nothing else."""
-        place = numbers.index(self.number)
-        more, fewer = large[0][place], small[0][place]
-        if not 0 < fewer < more or any(
-            one != other for i, (one, other) in enumerate(zip(large[0], small[0], strict=True)) if i != place
-        ):
+        more, fewer = self.rows_of(large), self.rows_of(small)
+        if not 0 < fewer < more or large[2] != small[2]:
             return None
-        if large[2] != small[2]:
-            return None
-        for (shape, stride, dtype), (short, short_stride, short_dtype) in zip(large[1], small[1], strict=True):
-            if (stride, dtype, shape[1:]) != (short_stride, short_dtype, short[1:]):
+        for place, (one, other) in enumerate(zip(large[0], small[0], strict=True)):
+            if one != other and place not in self.numbers:
                 return None
-        return int(more)
+        for place, (one, other) in enumerate(zip(large[1], small[1], strict=True)):
+            (shape, stride, dtype), (short, short_stride, short_dtype) = one, other
+            rows = (more, fewer) if place in self.described else (0, 0)
+            if (stride, dtype) != (short_stride, short_dtype) or shape[1:] != short[1:]:
+                return None
+            if (shape[:1], short[:1]) != ((rows[0],), (rows[1],)) and shape != short:
+                return None
+        return more
 
     def pad(self, args: Sequence[Any], rows: int) -> tuple[Any, ...]:
         """The inputs with so many rows: the last row is repeated."""
         padded = list(args)
         for place in self.inputs:
             padded[place] = pad_rows(padded[place], rows)
-        padded[self.number] = rows
         return tuple(padded)
 
     def cut(self, results: Sequence[Tensor], rows: int) -> list[Tensor]:

@@ -77,7 +77,7 @@ class StepGraphs:
         self._device = device
         self._config = config
         self._kind = kind
-        self._context = GraphContext(config, device, kind)
+        self._context = GraphContext(root, config, device, kind)
         self._kept: KeptWeights | None = None
         self._calls: dict[str, TracedCall] = {}
         """By name: the step, networks, kinds of blocks."""
