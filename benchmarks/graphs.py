@@ -55,9 +55,6 @@ def cases(batches: int) -> dict[str, tuple[nn.Module, DataLoader[Any]]]:
     for name, make in MODELS.items():
         torch.manual_seed(0)
         net, inputs = make()
-        if name == "bert":
-            # transformers reads `mask.all()` of a mask with two dimensions, which no graph can repeat.
-            inputs["attention_mask"] = inputs["attention_mask"][:, None, None, :].bool()
         rolled = [{key: value.roll(i, 0) for key, value in inputs.items()} for i in range(batches)]
         found[name] = (net.eval(), DataLoader(rolled, batch_size=None))  # type: ignore[arg-type]
     sentences = sentences_of("\n\n".join(topics.values()))[: 8 * batches]

@@ -30,6 +30,7 @@ __all__ = [
     "Dispatch",
     "FakeTensor",
     "OpOverload",
+    "call_module",
     "called_by",
     "compile_function",
     "compile_with",
@@ -83,9 +84,7 @@ class _Callback:
     Settings are read while Dynamo compiles only, so patching them here costs a compiled call nothing.
     """
 
-    def __init__(
-        self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]
-    ) -> None:
+    def __init__(self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]) -> None:
         self._inner = inner
         self._failed = failed
         self._took = took
@@ -101,7 +100,7 @@ class _Callback:
             return _skip()
         start = perf_counter()
         try:
-            with dynamo_config.patch(**self._settings), warnings.catch_warnings():  # type: ignore[no-untyped-call]
+            with dynamo_config.patch(**self._settings), warnings.catch_warnings():
                 # Advice about how to write code for torch.compile, which the user did not ask for.
                 warnings.filterwarnings("ignore", module=r"torch\._dynamo")
                 warnings.filterwarnings("ignore", message=".*(torch.compile|Dynamo)")
@@ -136,7 +135,7 @@ def compile_function(
         took: Likewise, called with the seconds that Dynamo spent on a frame, the backend's included.
     """
     backend = _weakly(backend)
-    context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)  # type: ignore[no-untyped-call]
+    context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)
     # Kept there for `torch._dynamo.reset()` for as long as the process lives.
     eval_frame.cached_backends.pop(id(backend), None)
     context.callback = _Callback(context.callback, _weakly(failed), _weakly(took))
@@ -172,7 +171,7 @@ def compile_with(backend: str, module: GraphModule, example_inputs: Any) -> Call
 def with_its_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a function with a code object of its own, and so with a cache of compiled code of its own."""
     assert isinstance(function, types.FunctionType)
-    # Dynamo remembers by file, line and name which values have changed, and takes those for dynamic in other models too.
+    # Dynamo remembers by file, line and name which values changed, and takes those for dynamic in other models too.
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copied = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
@@ -189,7 +188,7 @@ def dynamic_dims(tensors: list[tuple[Tensor, int]]) -> Iterator[None]:
     before = [(tensor, {name: vars(tensor)[name] for name in names if name in vars(tensor)}) for tensor, _ in tensors]
     try:
         for tensor, dim in tensors:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)  # type: ignore[no-untyped-call]
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
         yield
     finally:
         for tensor, marks in before:
@@ -244,7 +243,8 @@ def storage_of(tensor: Tensor) -> int:
 
 def sizes_of(tensor: Tensor) -> list[str | int]:
     """The sizes of a fake tensor: numbers, and the expressions of symbolic ones as text."""
-    return [size if type(size) is int else str(size.node.expr) for size in tensor.shape]
+    sizes: tuple[Any, ...] = tuple(tensor.shape)
+    return [size if type(size) is int else str(size.node.expr) for size in sizes]
 
 
 def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
@@ -308,6 +308,11 @@ def guard_gaps() -> tuple[Any, ...]:
 def called_by(kind: type[nn.Module]) -> tuple[Any, ...]:
     """The functions by which modules of a class are called, which Dynamo does not guard."""
     return kind.forward, kind.__call__, kind._call_impl
+
+
+def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module with its hooks, past what stands in its slot for a compiled implementation."""
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class DataReplacements:

@@ -148,14 +148,13 @@ def _launch_flag(report: Report, on: InferenceConfig, stage: Stage | None) -> st
     if stage in (Stage.CAPTURE, Stage.COMPILE):
         return None
     if stage == Stage.LAUNCH and not on.hpu_graphs:
-        return "Pass `hpu_graphs=True`: a captured network is replayed without running its Python."
-    # Each graph's first call runs plainly, and so does one beside each replay that is verified; the very first batches
-    # have nothing else.
-    without = counters.plain_calls - counters.captures - counters.verified
+        return "Pass `hpu_graphs=True`: a captured step is replayed without running its Python."
+    # The first batch of every shape runs plainly.
+    without = counters.plain_calls - counters.captures
     if stage == Stage.LAUNCH and without > counters.replays and report.batches > 3 + on.verify_graphs:
         return (
-            f"{without} of {without + counters.replays} calls of networks ran without a graph: the warnings of the run"
-            " say why."
+            f"{without} of {without + counters.replays} calls ran without a graph: the report's list of reasons and the"
+            " warnings of the run say why."
         )
     if not on.pipelining:
         return "Pass `pipelining=True`: the next batch is launched while the device works on this one."

@@ -115,7 +115,7 @@ class InferenceConfig:
             self._set("graph_modules", _checked_names(self.graph_modules))
         if self.hpu_graphs == "direct" and (self.graph_modules is None or self.graph_modules == "blocks"):
             raise ValueError(
-                "`hpu_graphs='direct'` captures only modules that you name: pass `graph_modules=['model.encoder', ...]`."
+                "`hpu_graphs='direct'` captures only modules that you name: pass `graph_modules=['encoder', ...]`."
             )
         if self.bucket_lengths is not None and self.bucket_lengths != "auto":
             self._set("bucket_lengths", _checked_lengths(self.bucket_lengths))

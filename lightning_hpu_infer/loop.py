@@ -20,7 +20,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers, fetched
-from lightning_hpu_infer.graphs import StepGraphs, graph_kind
+from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
@@ -82,6 +82,11 @@ class PipelinedPredictionLoop(_PredictionLoop):
         if self._graphs is not None:
             self._graphs.release()
         self._graphs = None
+
+    @property
+    def graph_counts(self) -> GraphCounts | None:
+        """What graphs did in the newest run; None where there are none."""
+        return None if self._graphs is None else self._graphs.counts
 
     def run(self) -> Any:
         """Predict every batch. Without `pipelining` everything happens in stock Lightning's order."""
@@ -227,11 +232,12 @@ class PipelinedPredictionLoop(_PredictionLoop):
             traced.write(report, folder / f"rank{self.trainer.global_rank}" if ranks > 1 else folder)
 
     def _counters(self) -> Counters:
-        graphs, buckets = self._graphs and self._graphs.counts, self._buckets
+        graphs, buckets = self.graph_counts, self._buckets
         return Counters(
             captures=graphs.captures if graphs else 0,
             replays=graphs.replays if graphs else 0,
             plain_calls=graphs.plain_calls if graphs else 0,
+            plain_reasons=dict(graphs.reasons) if graphs else {},
             evictions=graphs.evictions if graphs else 0,
             verified=graphs.verified if graphs else 0,
             padded_elements=buckets.padded if buckets else 0,
@@ -393,7 +399,7 @@ class PipelinedPredictionLoop(_PredictionLoop):
             rank_zero_warn(
                 "`warm_up=True`: the buckets are not known before the first run, so there are none to warm up."
             )
-        # Watched, captured, and each replay that is verified.
+        # Plainly, captured, and each replay that is verified.
         times = 2 + self.config.verify_graphs
         quiet = self.trainer.progress_bar_callback is None or not self.trainer.is_global_zero
         args = (item.batch_idx, item.dataloader_idx) if self.num_dataloaders > 1 else (item.batch_idx,)

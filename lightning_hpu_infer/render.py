@@ -1,5 +1,7 @@
 """A report as rich draws it."""
 
+from operator import itemgetter
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -9,6 +11,8 @@ from rich.text import Text
 from lightning_hpu_infer.report import Report, Severity
 
 _WORTH_PRINTING = 0.005
+# Reasons for calls without a graph that are shown.
+_REASONS = 3
 _COLOURS = {Severity.NONE: "green", Severity.MODERATE: "yellow", Severity.HIGH: "red"}
 
 
@@ -48,6 +52,8 @@ def render(report: Report) -> RenderableType:
             f"graphs: {counters.captures} captures, {counters.replays} replays, {counters.plain_calls} plain calls,"
             f" {counters.evictions} evictions, {counters.verified} verified"
         )
+        reasons = sorted(counters.plain_reasons.items(), key=itemgetter(1), reverse=True)
+        lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:_REASONS]]
     if counters.padded_elements:
         lines.append(f"padding: {counters.padding_waste:.0%} of the inputs")
     if counters.copies:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,13 @@ class Counters:
     captures: int = 0
     replays: int = 0
     plain_calls: int = 0
-    """Calls of networks that ran without a graph."""
+    """Calls of the step, or of traced parts of it, that ran without a graph."""
+    plain_reasons: dict[str, int] = field(default_factory=dict)
+    """Why, in words, and how often."""
     evictions: int = 0
     """Graphs dropped to make room for others."""
     verified: int = 0
-    """Calls that were compared with the plain forward."""
+    """Calls that were compared with the plain ops."""
     padded_elements: int = 0
     """Elements of all inputs as the device got them."""
     real_elements: int = 0

@@ -33,8 +33,11 @@ class Tokens(Net):
         states = self.layer(self.embedding(input_ids))
         return {"states": states, "mean": (states * mask).sum(1) / mask.sum(1)}
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.lengths.append(batch["input_ids"].shape[1])
+        return batch
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self(batch["input_ids"], batch["attention_mask"])
 
 
@@ -221,7 +224,7 @@ def test_warm_up_captures_every_bucket_before_the_first_batch() -> None:
     writer = Writer("batch")
     assert_equal(predict(accelerator, module, loader, callbacks=[First()]), expected)
     assert captures == [3] * len(LENGTHS)
-    # Each bucket: found or watched, captured, one replay verified.
+    # Each bucket: plainly, captured, one replay verified.
     assert module.lengths[:9] == [16] * 3 + [8] * 3 + [4] * 3
     assert module.lengths[9:] == [8, 16, 4, 16, 16, 8, 4, 8, 16, 16, 4, 8]
     assert writer.batches == []

@@ -26,7 +26,7 @@ def test_a_value_out_of_range_is_named_with_the_range(flags: dict[str, Any], mes
     ("flags", "message"),
     [
         ({"pipelining": 1}, "`pipelining` must be True, False or 'auto', got 1"),
-        ({"hpu_graphs": "yes"}, "`hpu_graphs` must be True, False, 'hpu_graph' or 'compile', got 'yes'"),
+        ({"hpu_graphs": "yes"}, "`hpu_graphs` must be True, False, 'hpu_graph', 'compile' or 'direct', got 'yes'"),
         ({"prefetch": True}, "`prefetch` must be of type int, got True"),
         ({"in_flight": 1.5}, "`in_flight` must be of type int, got 1.5"),
     ],

@@ -68,15 +68,20 @@ class BrokenWriter(Writer):
         raise Broken("disk full")
 
 
+def running() -> list[str]:
+    """The threads that there are, but for tqdm's monitor, which TorchDynamo or a progress bar starts for good."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor")
+
+
 def fails_and_recovers(flags: dict[str, Any], module: Net, loader: Any, callbacks: list[Any]) -> None:
     """The fault surfaces as itself, no thread stays, the module is as before, and the next run is right."""
     expected = predict("cpu", Net(), rows(12, 2))
     ours = trainer(HPUInferenceAccelerator(**flags), callbacks=callbacks)
-    threads = threading.active_count()
+    threads = running()
     with pytest.raises(Broken) as raised:
         ours.predict(module, loader)
     assert "raise Broken" in "".join(traceback.format_tb(raised.value.__traceback__))
-    assert threading.active_count() == threads
+    assert running() == threads
     assert not any("forward" in vars(child) for child in module.modules())
     assert "predict_step" not in vars(ours.strategy)
     assert next(module.parameters()).device.type == "cpu"
@@ -126,13 +131,13 @@ class Interrupted(Net):
 def test_rule_11_ctrl_c(flags: dict[str, Any]) -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     ours = trainer(HPUInferenceAccelerator(**flags))
-    threads = threading.active_count()
+    threads = running()
     try:
         with pytest.raises(SystemExit):
             ours.predict(Interrupted(), rows(20, 2))
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from then on
-    assert threading.active_count() == threads
+    assert running() == threads
     assert len(ours.predict(Net(), rows(20, 2)) or []) == 10
 
 

@@ -133,14 +133,30 @@ def test_a_closed_pipeline_says_so() -> None:
     assert "forward" not in vars(net)
 
 
-def test_two_pipelines_on_one_model_are_refused(device: str) -> None:
-    net = Net().net
-    with InferencePipeline(net) as first, InferencePipeline(net) as second:
-        list(first.predict(batches(3)))
-        if device == "emulator":
-            with pytest.raises(RuntimeError, match="in use by another pipeline"):
-                list(second.predict(batches(3)))
-    assert "forward" not in vars(net)
+@pytest.mark.parametrize("graph_modules", [None, ["0", "2"]])
+@pytest.mark.parametrize("first_closed", [0, 1])
+def test_two_pipelines_on_one_model_are_both_right_whichever_is_closed_first(
+    first_closed: int, graph_modules: list[str] | None
+) -> None:
+    net = Net().net.eval()
+
+    def attributes() -> list[dict[str, Any]]:
+        return [
+            {name: list(value.items()) if isinstance(value, dict) else value for name, value in vars(module).items()}
+            for module in net.modules()
+        ]
+
+    before = attributes()
+    pipelines = [InferencePipeline(net, config=InferenceConfig(graph_modules=graph_modules)) for _ in range(2)]
+    for _ in range(2):
+        for pipeline in pipelines:
+            assert_equal(list(pipeline.predict(batches())), expected())
+    pipelines[first_closed].close()
+    assert_equal(list(pipelines[1 - first_closed].predict(batches())), expected())
+    pipelines[1 - first_closed].close()
+    assert attributes() == before
+    with InferencePipeline(net) as third:
+        assert_equal(list(third.predict(batches())), expected())
 
 
 @pytest.mark.parametrize(

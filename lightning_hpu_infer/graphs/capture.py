@@ -87,9 +87,9 @@ class _Weights:
 class CapturedGraph:
     """What Dynamo calls in place of one FX graph, in lazy mode.
 
-    Weights and buffers are closed over and compared by identity in each call; the other inputs are given to each replay.
-    Of those that the graph writes to, such as a cache of keys and values, it has a copy that is filled before a replay
-    and copied back after it. Main thread only. The results are the caller's: nothing overwrites them.
+    Weights and buffers are closed over and compared by identity in each call; the other inputs are given to each
+    replay. Of those that the graph writes to, such as a cache of keys and values, it has a copy that is filled before a
+    replay and copied back after it. Main thread only. The results are the caller's: nothing overwrites them.
 
     Args:
         module: The graph as Dynamo traced it.
@@ -130,7 +130,8 @@ class CapturedGraph:
         self._calls = 0
         self._captured_in = -1
         self._misses, self._missed_in = 0, -1
-        self._batch = BatchDimension.of(parts.results, values, self._places, self._numbers) if context.config.pad_batch else None
+        may_pad = context.config.pad_batch and not parts.written
+        self._batch = BatchDimension.of(parts.results, values, self._places, self._numbers) if may_pad else None
         context.register(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -149,9 +150,7 @@ class CapturedGraph:
         return self._context.timed(Stage.CAPTURE, self._new, weights, key, entry, args)
 
     def release(self) -> None:
-        """Free all graphs."""
-        if any(weights.entries for weights in self._weights):
-            _habana.synchronize()  # The last replay may still be running.
+        """Free all graphs, of which none may be running."""
         self._weights.clear()
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:
@@ -238,7 +237,8 @@ class CapturedGraph:
     def _replay(self, entry: _Entry, args: Arguments) -> list[Tensor]:
         """The results of a replay, which are the caller's."""
         self._context.counts.replays += 1
-        return self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args), args)
+        results: list[Tensor] = self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args), args)
+        return results
 
     def _run(self, entry: _Entry, inputs: list[Tensor], args: Arguments) -> list[Tensor]:
         carried = [args[place] for place in self._carried or ()]
@@ -267,8 +267,10 @@ class CapturedGraph:
             return self._run_plainly(args, candidate.plain)
         candidate.seen += 1
         candidate.since = candidate.since or self._calls
-        if self._batch is not None and candidate.may_pad and (large := self._larger(weights, key)) is not None:
-            return self._padded(weights, key, large, args)
+        if self._batch is not None and candidate.may_pad:
+            verified = (other for other, graph in weights.entries.items() if not graph.to_verify)
+            if (large := self._batch.smallest(key, verified)) is not None:
+                return self._padded(weights, key, large, args)
         if (reason := self._not_yet(weights, key, candidate)) or (reason := self._make_room(weights, candidate)):
             return self._run_plainly(args, reason)
         return self._capture(weights, key, candidate, args)
@@ -321,8 +323,9 @@ class CapturedGraph:
             if candidate.seen > 1 or weights.frozen:
                 self._context.warn(
                     "more shapes",
-                    f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and batches"
-                    " of other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur (`bucket_lengths`).",
+                    f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and"
+                    " batches of other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur:"
+                    " `bucket_lengths`.",
                 )
             return "there are more shapes than `max_graphs`"
         self._evict(weights, oldest)
@@ -412,9 +415,7 @@ class CapturedGraph:
     ) -> Any:
         """Compare a replay with the plain ops, if there is something to verify; the caller gets the plain results.
 
-        Args:
-            results: Of the replay.
-            saved: What the memory that the graph writes to held before the replay.
+        `results` are those of the replay; `saved` is what the memory that it writes to held before.
         """
         if not entry.to_verify:
             return self._finish(args, results)
@@ -440,25 +441,12 @@ class CapturedGraph:
 
     # Short batches
 
-    def _larger(self, weights: _Weights, key: Key) -> Key | None:
-        """The smallest verified graph that a shorter batch fits in."""
-        assert self._batch is not None
-        fitting = [
-            (rows, other)
-            for other, entry in weights.entries.items()
-            if not entry.to_verify and (rows := self._batch.larger_rows(other, key)) is not None
-        ]
-        return min(fitting, key=itemgetter(0))[1] if fitting else None
-
     def _padded(self, weights: _Weights, key: Key, large: Key, args: Arguments) -> Any:
         """Run a short batch in a larger graph, compared with the plain ops the first time."""
         assert self._batch is not None
         entry, candidate = weights.entries[large], weights.candidate(key)
         weights.entries.move_to_end(large)
         entry.used = self._calls
-        if self._parts.written:
-            candidate.may_pad = False
-            return self._new(weights, key, None, args)
         padded = self._batch.pad(args, self._batch.rows_of(large))
         results = self._batch.cut(self._replay(entry, padded), self._batch.rows_of(key))
         self._context.counts.padded += 1
@@ -467,11 +455,7 @@ class CapturedGraph:
             self._context.counts.verified += 1
             if found := difference(results, expected):
                 candidate.may_pad = False
-                self._context.warn(
-                    "padding",
-                    f"`pad_batch` is not used for {self._context.name}: rows added to a short batch change the others"
-                    f" ({found}). Short batches get graphs of their own, or run plainly.",
-                )
+                self._context.cannot_pad(found)
             results = expected
         return self._finish(args, results)
 

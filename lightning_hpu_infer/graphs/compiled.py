@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.compare import difference
 from lightning_hpu_infer.graphs.context import GraphContext
+from lightning_hpu_infer.graphs.padding import BatchDimension
 from lightning_hpu_infer.graphs.split import Split
 from lightning_hpu_infer.trace import Stage
 
@@ -31,9 +32,7 @@ class CompiledGraph:
         context: What the graphs of a run share.
     """
 
-    def __init__(
-        self, module: GraphModule, parts: Split, compiled: Callable[..., Any], context: GraphContext
-    ) -> None:
+    def __init__(self, module: GraphModule, parts: Split, compiled: Callable[..., Any], context: GraphContext) -> None:
         self._plain = module.forward
         self._compiled = compiled
         self._context = context
@@ -42,13 +41,15 @@ class CompiledGraph:
         self._written = parts.written
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
-        self._places = [
-            i for i, value in enumerate(values) if not isinstance(value, Tensor) or not _torch.is_static(nodes[i])
-        ]
-        verify = context.config.verify_graphs
+        self._places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and not _torch.is_static(nodes[i])]
+        self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
+        verify, may_pad = context.config.verify_graphs, context.config.pad_batch and not parts.written
         self._to_verify = 0 if parts.random or not verify else verify + 1
+        self._batch = BatchDimension.of(parts.outputs, values, self._places, self._numbers) if may_pad else None
         self._left: dict[Any, int] = {}
         """Per shape, the calls that are still to be compared."""
+        self._padded: dict[Any, bool] = {}
+        """Shapes with fewer rows than another, and whether they may be padded."""
         self._failed = ""
         context.register(self)
 
@@ -57,15 +58,15 @@ class CompiledGraph:
         if torch.is_grad_enabled():
             return self._plain(*args)
         if self._failed:
-            return self._run_plainly(args)
-        if not self._to_verify and self._left:
-            return self._run(args)
-        key = tuple(
-            _torch.tensor_description(arg) if isinstance(arg, Tensor) else arg
-            for arg in (args[place] for place in self._places)
-        )
+            self._context.counts.plain(self._failed)
+            return self._plain(*args)
+        descriptions = tuple(_torch.tensor_description(args[place]) for place in self._places)
+        key = tuple(args[place] for place in self._numbers), descriptions, 0
         left = self._left.get(key)
         if left is None:
+            large = self._larger(key)
+            if large is not None:
+                return self._run_padded(key, large, args)
             self._context.counts.captures += 1
             left = self._to_verify
             if len(self._left) >= _MAX_KEYS:
@@ -74,6 +75,27 @@ class CompiledGraph:
         if not left:
             return self._run(args)
         return self._context.timed(Stage.CAPTURE, self._verified, args)
+
+    def _larger(self, key: Any) -> Any:
+        if self._batch is None or not self._padded.get(key, True):
+            return None
+        return self._batch.smallest(key, (other for other, left in self._left.items() if not left))
+
+    def _run_padded(self, key: Any, large: Any, args: tuple[Any, ...]) -> Any:
+        """Run a short batch with the rows of a larger one, compared with the plain ops the first time."""
+        assert self._batch is not None
+        padded = self._run(self._batch.pad(args, self._batch.rows_of(large)))
+        results = self._batch.cut(padded, self._batch.rows_of(key))
+        self._context.counts.padded += 1
+        if key not in self._padded:
+            expected = self._plain(*args)
+            self._context.counts.verified += 1
+            found = difference(results, expected)
+            self._padded[key] = not found
+            if found:
+                self._context.cannot_pad(found)
+            return expected
+        return tuple(results)
 
     def release(self) -> None:
         """Nothing is held between calls."""
@@ -86,10 +108,6 @@ class CompiledGraph:
     def _run(self, args: tuple[Any, ...]) -> Any:
         self._context.counts.replays += 1
         return self._context.timed(Stage.REPLAY, self._compiled, *args)
-
-    def _run_plainly(self, args: tuple[Any, ...]) -> Any:
-        self._context.counts.plain(self._failed)
-        return self._plain(*args)
 
     def _verified(self, args: tuple[Any, ...]) -> Any:
         """Run the program and compare it with the plain ops, whose results the caller gets."""

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
-from lightning_hpu_infer.trace import LaneTrace, Stage, untimed
+from lightning_hpu_infer.trace import LaneTrace, untimed
 
 T = TypeVar("T")
 
@@ -29,7 +29,8 @@ class GraphContext:
     """
 
     def __init__(self, root: nn.Module, config: InferenceConfig, device: torch.device, kind: str) -> None:
-        self._root = root
+        # Dynamo keeps graphs in C++, and graphs keep this: the model must not depend on that.
+        self._root = weakref.ref(root)
         self.config = config
         self.device = device
         self.kind = kind
@@ -64,10 +65,15 @@ class GraphContext:
 
     def registered(self) -> set[int]:
         """The parameters and buffers of the model, each by `id`."""
-        return {id(tensor) for tensor in (*self._root.parameters(), *self._root.buffers())}
+        root = self._root()
+        assert root is not None  # its step is running
+        return {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
 
     def release(self) -> None:
-        """Free what all graphs hold, without waiting for the garbage collector."""
+        """Free what all graphs hold, without waiting for the garbage collector. Not during a run.
+
+        May be called by the collector, in any thread, even where the device is gone: it asks nothing of the device.
+        """
         for graph in self.graphs():
             graph.release()
 
@@ -90,6 +96,14 @@ class GraphContext:
         """
         what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
         self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}.")
+
+    def cannot_pad(self, found: str) -> None:
+        """Say that rows of a batch depend on each other."""
+        self.warn(
+            "padding",
+            f"`pad_batch` is not used for {self.name}: rows added to a short batch change the others ({found}). Short"
+            " batches get graphs of their own, or run plainly.",
+        )
 
     def partly(self, reason: str) -> None:
         """Note that a part of a traced graph runs plainly behind the captured part."""

@@ -40,7 +40,7 @@ class DirectGraphs:
         key = self._key(module, leaves, structure)
         if context.capturing or torch.is_grad_enabled() or key is None:
             context.counts.plain("an argument of a module is neither a tensor on the device nor a constant")
-            return module._call_impl(*args, **kwargs)
+            return _torch.call_module(module, *args, **kwargs)
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[place].clone() if _habana.is_view(leaves[place]) else leaves[place] for place in places]
         wrapper = self._wrappers.get(key)
@@ -52,7 +52,7 @@ class DirectGraphs:
         if sum(1 for known in self._wrappers if known[0] == key[0]) >= limit:
             context.warn("more shapes", f"There are more layouts in use than `max_graphs={limit}`: others run plainly.")
             context.counts.plain("there are more shapes than `max_graphs`")
-            return module._call_impl(*args, **kwargs)
+            return _torch.call_module(module, *args, **kwargs)
         constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
         def function(*given: Tensor) -> Any:
@@ -60,7 +60,7 @@ class DirectGraphs:
             for place, tensor in zip(places, given, strict=True):
                 filled[place] = tensor
             again, named = tree_unflatten(filled, structure)
-            return module._call_impl(*again, **named)
+            return _torch.call_module(module, *again, **named)
 
         wrapper = _habana.graphed(function)
         with context.capture():
@@ -77,9 +77,7 @@ class DirectGraphs:
         return result
 
     def release(self) -> None:
-        """Free all graphs."""
-        if self._wrappers:
-            _habana.synchronize()  # The last replay may still be running.
+        """Free all graphs, of which none may be running."""
         self._wrappers.clear()
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:

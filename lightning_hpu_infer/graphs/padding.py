@@ -1,7 +1,8 @@
 """Which dimensions of a traced graph follow the number of rows of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,10 @@ class BatchDimension:
     """The places, among the graph's inputs, of tensors whose first dimension it is."""
     described: tuple[int, ...]
     """The places of the same tensors in a key."""
+    counts: tuple[int, ...]
+    """The places, among the graph's inputs, of numbers that are its value."""
     numbers: tuple[int, ...]
-    """The places in a key's numbers that hold its value."""
+    """The places of the same numbers in a key."""
     outputs: tuple[tuple[int, ...], ...]
     """Per result, the dimensions that it is."""
 
@@ -67,11 +70,17 @@ class BatchDimension:
             outputs.append(dims)
         described = tuple(list(places).index(i) for i in inputs)
         counted = tuple(place for place, i in enumerate(numbers) if _text(values[i]) == symbol)
-        return cls(tuple(inputs), described, counted, tuple(outputs))
+        counts = tuple(numbers[place] for place in counted)
+        return cls(tuple(inputs), described, counts, counted, tuple(outputs)) if inputs else None
 
     def rows_of(self, key: Any) -> int:
         """The number of rows of a shape."""
         return int(key[1][self.described[0]][0][0])
+
+    def smallest(self, key: Any, keys: Iterable[Any]) -> Any:
+        """Of some shapes, the smallest that a batch of another shape fits in; None if none is."""
+        fitting = [(rows, other) for other in keys if (rows := self.larger_rows(other, key)) is not None]
+        return min(fitting, key=itemgetter(0))[1] if fitting else None
 
     def larger_rows(self, large: Any, small: Any) -> int | None:
         """The number of rows of one shape, if another differs from it in having fewer, and in nothing else."""
@@ -95,6 +104,8 @@ class BatchDimension:
         padded = list(args)
         for place in self.inputs:
             padded[place] = pad_rows(padded[place], rows)
+        for place in self.counts:
+            padded[place] = rows
         return tuple(padded)
 
     def cut(self, results: Sequence[Tensor], rows: int) -> list[Tensor]:

@@ -3,8 +3,8 @@
 import operator
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,8 +50,8 @@ class Split:
     random: bool
     """Whether any op of the graph draws random numbers, so that it cannot be run twice for comparison."""
 
-    reads_host: bool
-    """Whether an input of the graph is on the host."""
+    outputs: tuple[Tensor, ...] = ()
+    """The fake tensors that the whole graph returns; empty if it returns anything else too."""
 
 
 def split(module: GraphModule, device_type: str) -> Split:
@@ -82,18 +82,18 @@ def _rewrite_masks(module: GraphModule) -> None:
         ):
             with module.graph.inserting_before(node):
                 missing = (None,) * (given.dim() - values.dim())
-                wide = module.graph.call_function(operator.getitem, (mask, (..., *missing))) if missing else mask
+                wide = module.graph.call_function(operator.getitem, (mask, cast(Any, (Ellipsis, *missing)))) if missing else mask
                 filled = module.graph.call_method("masked_fill_", (changed, wide, number))
             node.replace_all_uses_with(filled)
             module.graph.erase_node(node)
     module.recompile()
 
 
-class _Recorder(_torch.Dispatch):  # type: ignore[misc]
+class _Recorder(_torch.Dispatch):  # type: ignore[no-untyped-call]
     """Sees the ops that a node of a torch-level graph comes down to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
         self.problem = ""
         self.random = False
@@ -151,6 +151,7 @@ class _Splitter(Interpreter):
 
     def __init__(self, module: GraphModule, device_type: str) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self._nodes: list[Node] = list(module.graph.nodes)
         self._device_type = device_type
         self._recorder = _Recorder()
         self._order: dict[Node, int] = {}
@@ -170,10 +171,9 @@ class _Splitter(Interpreter):
 
     def split(self) -> Split:
         """Sort the nodes and build both parts."""
-        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in self._nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in placeholders]
-        host = any(isinstance(v, Tensor) and v.device.type != self._device_type for v in values)
-        nothing = Split(None, (), None, "", (), (), True, host)
+        nothing = Split(None, (), None, "", (), (), True)
         missing = next((n for n, v in zip(placeholders, values, strict=True) if not _is_known(v)), None)
         if missing is not None:
             return _with_reason(nothing, f"its input `{missing.name}` is neither a tensor nor a number")
@@ -186,7 +186,9 @@ class _Splitter(Interpreter):
                 self.run(*values)
             except Exception as error:
                 return _with_reason(nothing, f"its ops could not be examined ({type(error).__name__}: {error})")
-            return self._parts(placeholders, host)
+            results = [self.env[node] for node in _nodes_in(self._nodes[-1].args)]
+            outputs = tuple(results) if all(isinstance(result, Tensor) for result in results) else ()
+            return replace(self._parts(placeholders), outputs=outputs)
 
     def run_node(self, n: Node) -> Any:
         """Run one node on fake tensors and note what it does."""
@@ -237,13 +239,13 @@ class _Splitter(Interpreter):
 
     # Construction
 
-    def _parts(self, placeholders: list[Node], host: bool) -> Split:
-        nodes: list[Node] = list(self.module.graph.nodes)
+    def _parts(self, placeholders: list[Node]) -> Split:
+        nodes = self._nodes
         results = list(_nodes_in(nodes[-1].args))
         reason = next(iter(self._plain[node] for node in nodes if node in self._plain and not self._is_idle(node)), "")
         captured = [node for node in nodes if self._computes(node) and node not in self._plain]
         plain = [node for node in nodes if self._computes(node) and node in self._plain]
-        nothing = Split(None, (), None, reason, (), (), self._random, host)
+        nothing = Split(None, (), None, reason, (), (), self._random)
         if not captured or len(captured) < len(plain):
             return nothing
         if plain and not self._commute(nodes):
@@ -257,7 +259,12 @@ class _Splitter(Interpreter):
         exports = sorted(needs.exports, key=self._order.__getitem__)
         if any(not isinstance(self.env[node], Tensor) for node in exports):
             return _with_reason(nothing, "a result is no tensor")
-        simple = not needs.later and not needs.same and tuple(results) == tuple(exports) and nodes[-1].args == (tuple(exports),)
+        simple = (
+            not needs.later
+            and not needs.same
+            and tuple(results) == tuple(exports)
+            and nodes[-1].args == (tuple(exports),)
+        )
         written = {storage for node in captured for storage in self._writes[node]}
         places = tuple(
             place
@@ -274,7 +281,6 @@ class _Splitter(Interpreter):
             places,
             tuple(i for i, node in enumerate(placeholders) if node in self._constant and node in used),
             self._random,
-            host,
         )
 
     def _is_idle(self, node: Node) -> bool:
@@ -331,8 +337,7 @@ class _Splitter(Interpreter):
     ) -> GraphModule:
         """A graph of some nodes; without `output` it returns the exports, with it they are further inputs.
 
-        Args:
-            same: Nodes in whose place another one stands.
+        `same` has nodes in whose place another one stands.
         """
         graph, copied = Graph(), dict[Node, Node]()
         for node in placeholders:
@@ -340,7 +345,7 @@ class _Splitter(Interpreter):
         if output is not None:
             for node in exports:
                 copied[node] = graph.placeholder(f"{node.name}_captured")
-        for node in self.module.graph.nodes:
+        for node in self._nodes:
             if node in nodes and node not in copied:
                 copied[node] = graph.node_copy(node, copied.__getitem__)
             elif node in same:
@@ -349,7 +354,7 @@ class _Splitter(Interpreter):
             graph.output(tuple(copied[node] for node in exports))
         else:
             graph.output(torch.fx.map_arg(output.args[0], copied.__getitem__))
-        return GraphModule(self.module, graph)  # type: ignore[arg-type]
+        return GraphModule(self.module, graph)
 
 
 class _NotSplittable(Exception):
@@ -368,7 +373,7 @@ class _Needs:
         self._inputs = {
             _torch.storage_of(splitter.env[node]) for node in placeholders if isinstance(splitter.env[node], Tensor)
         }
-        results = list(_nodes_in(next(iter(reversed(splitter.module.graph.nodes))).args))
+        results = list(_nodes_in(splitter._nodes[-1].args))
         seen: dict[int, Node] = {}
         self._shared: set[int] = set()
         for node in dict.fromkeys((*results, *splitter._plain)):
@@ -427,4 +432,4 @@ def _nodes_in(arguments: Any) -> Iterable[Node]:
 
 
 def _with_reason(nothing: Split, reason: str) -> Split:
-    return Split(None, (), None, reason, (), (), nothing.random, nothing.reads_host)
+    return Split(None, (), None, reason, (), (), nothing.random)

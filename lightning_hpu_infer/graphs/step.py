@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import inf
 from typing import Any, Literal
@@ -146,6 +146,7 @@ class StepGraphs:
             stack.enter_context(_habana.without_naming_hooks(self._root))
             self._sites = CallSites()
             stack.callback(self._sites.close)
+            stack.callback(self._settle)
             if self._kind == "hpu_graph":
                 stack.enter_context(context.replacements.watched())
             for call in self._calls.values():
@@ -158,6 +159,12 @@ class StepGraphs:
             # Not after an error: what a graph read last may be half done.
             if self._kind == "hpu_graph" and any(graph.holds_graphs for graph in context.graphs()):
                 self._kept = KeptWeights(self._root)
+
+    def _settle(self) -> None:
+        """Wait for the last replay, since graphs may be freed at any time after a run."""
+        if self._kind in ("hpu_graph", "direct") and any(graph.holds_graphs for graph in self._context.graphs()):
+            with suppress(Exception):  # A fault of the device has surfaced, or will.
+                _habana.synchronize()
 
     # A batch
 

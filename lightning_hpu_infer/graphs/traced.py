@@ -15,6 +15,7 @@ from lightning_hpu_infer.graphs.capture import CapturedGraph
 from lightning_hpu_infer.graphs.compiled import CompiledGraph
 from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.split import split
+from lightning_hpu_infer.shapes import PadSpec
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -36,7 +37,7 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Likewise. Dynamo does not guard which module it is, so that like modules share what was traced."""
-    return module._call_impl(*args, **kwargs)
+    return _torch.call_module(module, *args, **kwargs)
 
 
 class TracedCall:
@@ -63,7 +64,8 @@ class TracedCall:
         self._sizes: dict[Any, list[list[set[int]]]] = {}
         """Per kind of arguments: the sizes seen, by tensor and dimension."""
         self._variants: dict[Any, Callable[..., Any]] = {}
-        self._marked: set[Any] = set()
+        self._come_again = False
+        """Whether shapes that were not traced came for the second time."""
         self._classes: list[type[nn.Module]] = []
         self._debt = 0.0
         self._failure: Exception | None = None
@@ -83,7 +85,7 @@ class TracedCall:
         reason = self._reason_not_to_trace(args, kwargs)
         if reason:
             self._context.counts.plain(reason)
-            return function._call_impl(*args, **kwargs) if self._of_modules else function(*args, **kwargs)
+            return _torch.call_module(function, *args, **kwargs) if self._of_modules else function(*args, **kwargs)
         key = _torch.guard_gaps(), tuple(_torch.called_by(kind) for kind in self._classes)
         variant = self._variants.get(key)
         first = variant is None
@@ -93,12 +95,12 @@ class TracedCall:
             variant = _torch.compile_function(traced, self._backend, self._fails, self._took)
             self._variants[key] = variant
         traces = self._context.counts.traces
-        if self._structure in self._marked:
-            output = variant(function, args, kwargs)
-        else:
-            self._marked.add(self._structure)
+        if self._come_again:
+            # Dynamo may trace now.
             with _torch.dynamic_dims(self._varying(args, kwargs)):
                 output = variant(function, args, kwargs)
+        else:
+            output = variant(function, args, kwargs)
         if traces != self._context.counts.traces or first or self._failure is not None or self._context.gives_up:
             self._traced()
         else:
@@ -128,8 +130,8 @@ class TracedCall:
                 return _NEW
         elif seen == self._context.step:
             return _NEW
-        elif seen >= 0:
-            self._shapes[shapes] = -1
+        self._come_again = seen != -1
+        self._shapes[shapes] = -1
         if len(self._variants) >= _MAX_VARIANTS:
             self.given_up = "modes, or methods of classes, keep changing"
         return ""
@@ -162,13 +164,19 @@ class TracedCall:
         )  # fmt: skip
 
     def _varying(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
-        """The dimensions that are known to vary, so that they need no second trace."""
+        """The dimensions that are known to vary, so that they need no trace of their own.
+
+        Where anything varies, token ids and masks are expected to vary in all dimensions.
+        """
         config, found = self._context.config, []
-        for tensor, dims in zip(tensors_in((args, kwargs)), self._sizes.get(self._structure, ()), strict=False):
-            found += [(tensor, dim) for dim, sizes in enumerate(dims) if len(sizes) > 1]
+        known = self._sizes.get(self._structure, [])
+        vary = any(len(sizes) > 1 for dims in known for sizes in dims)
+        for tensor, dims in zip(tensors_in((args, kwargs)), known, strict=False):
+            ids = vary and not tensor.is_floating_point()
+            found += [(tensor, dim) for dim, sizes in enumerate(dims) if ids or len(sizes) > 1]
             if config.pad_batch and dims:
                 found.append((tensor, 0))
-        if config.pad_spec is not None and args and not self._of_modules:
+        if isinstance(config.pad_spec, PadSpec) and args and not self._of_modules:
             found += [(tensor, dim % tensor.dim()) for tensor, dim in config.pad_spec.lengths_in(args[0])]
         distinct = {(id(tensor), dim): (tensor, dim) for tensor, dim in found}
         return [(tensor, dim) for tensor, dim in distinct.values() if tensor.shape[dim] > 1]
