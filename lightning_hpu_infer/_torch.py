@@ -6,9 +6,10 @@
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,12 +27,12 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "ClassFunctions",
     "DataReplacements",
     "Dispatch",
     "FakeTensor",
     "OpOverload",
     "call_module",
-    "called_by",
     "compile_function",
     "compile_with",
     "dynamic_dims",
@@ -287,10 +288,11 @@ def must_run_plainly() -> str:
     return ""
 
 
-def guard_gaps() -> tuple[Any, ...]:
+def guard_gaps(device_type: str) -> tuple[Any, ...]:
     """Settings that ops read when they run, which Dynamo does not guard and a captured graph would not read again."""
     c = torch._C
     return (
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
         c._get_float32_matmul_precision(),
         c._get_cudnn_enabled(),
         c._get_cudnn_deterministic(),
@@ -305,9 +307,31 @@ def guard_gaps() -> tuple[Any, ...]:
     )
 
 
-def called_by(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """The functions by which modules of a class are called, which Dynamo does not guard."""
-    return kind.forward, kind.__call__, kind._call_impl
+class ClassFunctions:
+    """Notices that a class was patched, which Dynamo does not guard: `forward`, `__call__` and all other methods.
+
+    Args:
+        classes: Classes of modules. Their bases are looked at too; of those of torch, what calls a module.
+    """
+
+    def __init__(self, classes: Iterable[type]) -> None:
+        bases = dict.fromkeys(base for kind in classes for base in kind.__mro__ if base is not object)
+        self._looked_up = [
+            (vars(base), getter)
+            for base in bases
+            if (getter := _functions_of(base, own=not base.__module__.startswith("torch."))) is not None
+        ]
+
+    def now(self) -> tuple[Any, ...]:
+        """The functions, and how many names each class has; equal as long as nothing was patched."""
+        return tuple([(len(names), getter(names)) for names, getter in self._looked_up])
+
+
+def _functions_of(kind: type, *, own: bool) -> Callable[[Any], Any] | None:
+    kinds = (types.FunctionType, classmethod, staticmethod, property)
+    calling = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+    names = [name for name, value in vars(kind).items() if isinstance(value, kinds) and (own or name in calling)]
+    return itemgetter(*names) if names else None
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

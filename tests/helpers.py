@@ -65,6 +65,11 @@ def rows(length: int = 10, batch_size: int = 2) -> DataLoader[Tensor]:
     return DataLoader(Rows(length), batch_size=batch_size)
 
 
+def running() -> int:
+    """Threads that there are, but for tqdm's monitor, which torch.fx or a progress bar starts for good."""
+    return sum(thread.name != "tqdm_monitor" for thread in threading.enumerate())
+
+
 def trainer(accelerator: Any, callbacks: Sequence[Callback] = (), **kwargs: Any) -> Trainer:
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     # Some callbacks leave files where the trainer is at home.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator
-from tests.helpers import Broken, BrokenStep, Net, Rows, Writer, assert_equal, predict, rows, trainer
+from tests.helpers import Broken, BrokenStep, Net, Rows, Writer, assert_equal, predict, rows, running, trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -66,11 +66,6 @@ class BrokenHook(Callback):
 class BrokenWriter(Writer):
     def write_on_batch_end(self, *args: Any) -> None:
         raise Broken("disk full")
-
-
-def running() -> list[str]:
-    """The threads that there are, but for tqdm's monitor, which TorchDynamo or a progress bar starts for good."""
-    return sorted(thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor")
 
 
 def fails_and_recovers(flags: dict[str, Any], module: Net, loader: Any, callbacks: list[Any]) -> None:

@@ -32,7 +32,15 @@ EXPECTED = {
 }
 # The default run has one of each kind; `make full` has all.
 FAMILIARS = [
-    *("big_bird_first", "roberta_first", "electra_tag", "xlm_roberta_tag", "bert_answer", "bert_classify", "bloom_score"),
+    *(
+        "big_bird_first",
+        "roberta_first",
+        "electra_tag",
+        "xlm_roberta_tag",
+        "bert_answer",
+        "bert_classify",
+        "bloom_score",
+    ),
     *("phi_next_token", "qwen2_next_token", "gpt_neox_score", "marian_translate", "pegasus_translate", "opt_score"),
     *("deit_first", "siglip_similarity", "siglip_towers", "timesformer_classify", "hubert_transcribe", "wavlm_layers"),
     *("mpnet_embed", "albert_embed", "gpt2_classify", "timm_convnext_atto", "timm_mobilenetv3_small_050"),

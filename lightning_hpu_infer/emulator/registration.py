@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_hpu_infer.emulator import compiled, naming, pinned, runtime
 from lightning_hpu_infer.emulator import copies as copies  # registers its ops
@@ -155,9 +156,9 @@ class Registration:
         self._patch(HpuTensor, "__tensor_unflatten__", staticmethod(compiled.tensor_unflatten))
         self._patch(HpuTensor, "_is_view", compiled.is_view)
         # A module would swap its parameters' contents with such tensors, which PyTorch refuses where dynamo has guards.
-        modules: Any = torch.nn.modules.module
-        check = modules.is_traceable_wrapper_subclass
-        self._patch(modules, check.__name__, lambda tensor: not isinstance(tensor, HpuTensor) and check(tensor))
+        # So would a parametrization.
+        for modules in (torch.nn.modules.module, torch.nn.utils.parametrize):
+            self._patch(modules, is_traceable_wrapper_subclass.__name__, _is_traceable)
         before = list(trace_rules.SKIP_DIRS)
 
         def trace_again() -> None:
@@ -197,6 +198,10 @@ class Registration:
         before = owner.__dict__.get(name, missing)
         setattr(owner, name, value)
         self._undo.append(lambda: delattr(owner, name) if before is missing else setattr(owner, name, before))
+
+
+def _is_traceable(tensor: torch.Tensor) -> bool:
+    return not isinstance(tensor, HpuTensor) and is_traceable_wrapper_subclass(tensor)
 
 
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,

@@ -95,9 +95,8 @@ class DirectGraphs:
                 described.append((type(leaf), repr(leaf)))
             else:
                 return None
-        modes = module.training, torch.is_inference_mode_enabled(), _torch.guard_gaps()
-        autocast = torch.is_autocast_enabled("hpu") and torch.get_autocast_dtype("hpu")
-        return id(module), str(structure), tuple(described), modes, autocast
+        modes = module.training, torch.is_inference_mode_enabled(), _torch.guard_gaps(self._context.device.type)
+        return id(module), str(structure), tuple(described), modes
 
 
 def _copied(result: Any) -> Any:

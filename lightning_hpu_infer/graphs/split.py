@@ -82,7 +82,11 @@ def _rewrite_masks(module: GraphModule) -> None:
         ):
             with module.graph.inserting_before(node):
                 missing = (None,) * (given.dim() - values.dim())
-                wide = module.graph.call_function(operator.getitem, (mask, cast(Any, (Ellipsis, *missing)))) if missing else mask
+                wide = (
+                    module.graph.call_function(operator.getitem, (mask, cast(Any, (Ellipsis, *missing))))
+                    if missing
+                    else mask
+                )
                 filled = module.graph.call_method("masked_fill_", (changed, wide, number))
             node.replace_all_uses_with(filled)
             module.graph.erase_node(node)

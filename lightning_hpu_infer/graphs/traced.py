@@ -66,7 +66,7 @@ class TracedCall:
         self._variants: dict[Any, Callable[..., Any]] = {}
         self._come_again = False
         """Whether shapes that were not traced came for the second time."""
-        self._classes: list[type[nn.Module]] = []
+        self._classes = _torch.ClassFunctions(())
         self._debt = 0.0
         self._failure: Exception | None = None
         self._with_graphs = self._idle = 0
@@ -78,7 +78,7 @@ class TracedCall:
     def begin_run(self) -> None:
         """Forget shapes that were not traced: they may not come again."""
         self._shapes = OrderedDict((shapes, step) for shapes, step in self._shapes.items() if step < 0)
-        self._classes = list(dict.fromkeys(type(module) for module in self._root.modules()))
+        self._look_at_classes()
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the function with these arguments."""
@@ -86,7 +86,7 @@ class TracedCall:
         if reason:
             self._context.counts.plain(reason)
             return _torch.call_module(function, *args, **kwargs) if self._of_modules else function(*args, **kwargs)
-        key = _torch.guard_gaps(), tuple(_torch.called_by(kind) for kind in self._classes)
+        key = _torch.guard_gaps(self._context.device.type), self._classes.now()
         variant = self._variants.get(key)
         first = variant is None
         if variant is None:
@@ -183,6 +183,9 @@ class TracedCall:
 
     # Tracing
 
+    def _look_at_classes(self) -> None:
+        self._classes = _torch.ClassFunctions(dict.fromkeys(type(module) for module in self._root.modules()))
+
     def _backend(self, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """Called by Dynamo with each FX graph."""
         context = self._context
@@ -218,7 +221,7 @@ class TracedCall:
 
     def _traced(self) -> None:
         """Judge after a call that traced whether that leads anywhere."""
-        self._classes = list(dict.fromkeys(type(module) for module in self._root.modules()))
+        self._look_at_classes()
         self._debt += 1
         failure = ""
         if self._failure is not None:

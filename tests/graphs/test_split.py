@@ -136,6 +136,10 @@ WHOLE: dict[str, Function] = {
     "full on the device": lambda m, x: x * torch.full((4,), 2.0, device=x.device),
     "autocast": lambda m, x: _autocast(m, x),
     "no gradients inside": lambda m, x: _without_gradients(m, x),
+    "a host tensor made inside": lambda m, x: m.linear(x) + torch.ones(4).to(x.device),
+    "a host constant": lambda m, x: m.linear(x) * torch.tensor([1.0, 2.0, 3.0, 4.0]).to(x.device),
+    "a host scalar": lambda m, x: m.linear(x) * torch.tensor(3.0),
+    "a constant made on the device": lambda m, x: m.linear(x) * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device),
     "where": lambda m, x: torch.where(x > 0.5, x, m.linear(x)),
     "masked fill": lambda m, x: m.linear(x).masked_fill_(x > 0.5, 0.0),
     "an index on the device": lambda m, x: m.linear(x)[torch.arange(2, device=x.device)],
@@ -163,7 +167,7 @@ def _without_gradients(model: Model, x: Tensor) -> Tensor:
 def test_device_ops_are_captured_as_a_whole(name: str) -> None:
     parts = parts_of(WHOLE[name])
     assert parts.captured is not None
-    assert (parts.rest, parts.reason, parts.random, parts.reads_host) == (None, "", False, False)
+    assert (parts.rest, parts.reason, parts.random, parts.hosted) == (None, "", False, ())
 
 
 ALIASES: dict[str, Function] = {
@@ -235,9 +239,6 @@ def test_what_may_not_be_captured_runs_behind(name: str) -> None:
 # What is read again by captured ops, so that nothing or only what is before it may be captured.
 MIDDLE: dict[str, tuple[Function, str]] = {
     "by the host and back": (lambda m, x: m.linear(m.linear(x).cpu().to(x.device)) + 1, "it works on cpu"),
-    "a host tensor made inside": (lambda m, x: m.linear(x) + torch.ones(4).to(x.device), "it works on cpu"),
-    "a host constant": (lambda m, x: m.linear(x) * torch.tensor([1.0, 2.0, 3.0, 4.0]).to(x.device), "it works on cpu"),
-    "a host scalar": (lambda m, x: m.linear(x) * torch.tensor(3.0), "it works on cpu"),
     "random": (lambda m, x: m.linear(x) + torch.rand_like(x) * 0, "it draws random numbers"),
 }  # fmt: skip
 
@@ -250,19 +251,17 @@ def test_ops_after_what_may_not_be_captured_run_plainly_too(name: str) -> None:
         assert parts.random == (name == "random")
 
 
-def test_a_constant_made_on_the_device_is_right() -> None:
-    all_parts(lambda m, x: m.linear(x) * torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device))
-
-
-def test_an_input_on_the_host_is_told() -> None:
-    runs, scalar = Runs("hpu"), torch.tensor(3.0)
-    compiled = runs.compile(lambda m, x: m.linear(x) * scalar + 1)
+@pytest.mark.parametrize("size", [1, 3 * 10**6])
+def test_inputs_on_the_host_are_told(size: int) -> None:
+    """Small ones may be captured by value; a large one keeps ops out of a graph."""
+    runs, host = Runs("hpu"), torch.full((size, 1), 3.0)
+    compiled = runs.compile(lambda m, x: m.linear(x) + host[0].to(x.device))
     with torch.inference_mode():
         model, x = inputs("hpu")
-        assert_equal(compiled(model, x).cpu(), (model.linear(x) * 3 + 1).cpu())
+        assert_equal(compiled(model, x).cpu(), (model.linear(x) + 3).cpu())
     (parts,) = runs.parts
-    assert parts.reads_host
-    assert "is on cpu, and a graph would repeat the first value" in parts.reason
+    assert len(parts.hosted) == (size == 1)
+    assert ("is on cpu, and a graph would repeat the first value" in parts.reason) == (size > 1)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +275,11 @@ def test_an_input_on_the_host_is_told() -> None:
         (lambda m, x: m.linear(x.add_(1)), ["x"]),
         (lambda m, x: (x[:, 0].add_(1), m.total.zero_(), m.linear(x))[2], ["x", "total"]),
         (lambda m, x: functional.relu(x, inplace=True) + m.linear(x), ["x"]),
-        (lambda m, x: functional.batch_norm(x, m.total, m.linear.bias.detach().clone() ** 2, training=True), ["total"]),
+        pytest.param(
+            lambda m, x: functional.batch_norm(x, m.total, m.linear.bias.detach() ** 2, training=True),
+            ["total"],
+            marks=pytest.mark.xfail(strict=True, reason="the schema of batch_norm does not tell of it"),
+        ),
     ],
 )
 def test_rule_5_inputs_that_are_written_to_are_known(function: Function, writes: list[str]) -> None:

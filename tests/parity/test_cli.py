@@ -77,9 +77,8 @@ class Observed(Net):
     def setup(self, stage: str) -> None:
         self.device_in_setup = self.device.type
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.devices.append(batch.device.type)
-        return super().predict_step(batch, batch_idx)
 
 
 def run_cli(folder: Path, *arguments: str, saves_config: bool = False) -> LightningCLI:

@@ -26,8 +26,10 @@ pytestmark = [
         "ignore:Couldn't infer the batch indices",
         "ignore:Your `IterableDataset` has `__len__`",
         "ignore:Total length of",
-        "ignore:`hpu_graphs=True` has no effect",
-        "ignore:The network",
+        # Cases use `batch_idx`, count in Python or return nothing. Their predictions and hooks are what is compared.
+        "ignore:`predict_step` as a whole runs without a graph",
+        "ignore:A part of .* runs without",
+        "ignore:The network .* runs without graphs",
         "ignore:You have overridden",
         "ignore:You are trying to `self.log",
     ),
