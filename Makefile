@@ -1,6 +1,7 @@
 # make demo    the main job on a fresh machine: virtual environment, install, run
 # make test    the same environment: lint, types, tests, a smoke test on each supported Lightning, build
-# make matrix  all tests on each supported Lightning
+# make full    all tests, the many that are alike included
+# make matrix  the tests on each supported Lightning
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ LIGHTNINGS := 2.4.0 2.5.5
 WORKERS ?= -n 2
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit smoke matrix package clean
+.PHONY: demo test lint types unit full smoke matrix package clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/embed_sentences.py
@@ -25,8 +26,11 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS)
 
+full: $(STAMP)
+	$(BIN)/python -m pytest $(WORKERS) -m "full or not full"
+
 # Other Lightning versions lie in folders of their own, laid over the same environment, and with them lightning-habana,
-# which cannot be imported on newer ones. `make smoke` is a part of `make test`; `make matrix` runs all tests on each.
+# which cannot be imported on newer ones. `make smoke` is a part of `make test`; `make matrix` runs the tests on each.
 smoke: PYTEST_OPTIONS := -m smoke
 smoke matrix: $(LIGHTNINGS:%=.matrix/%)
 	set -e; for version in $(LIGHTNINGS); do \

@@ -1,9 +1,7 @@
 """One FX graph as HPU graphs: captured once per shape and set of weights, verified, replayed, bounded."""
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,13 +13,11 @@ from lightning_hpu_infer.graphs.compare import difference
 from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.padding import BatchDimension
 from lightning_hpu_infer.graphs.split import Split
+from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
 from lightning_hpu_infer.trace import Stage
 
 Arguments = tuple[Any, ...]
-Key = tuple[Any, ...]
 
-# Shapes of one FX graph that are remembered, captured or not.
-_MAX_KEYS = 1024
 # Steps in a row with a Python number, or values on the host, that are new, after which these are taken for data.
 _MANY_NUMBERS = 4
 # Sets of values of host inputs that are remembered.
@@ -30,58 +26,6 @@ _MAX_HOST_VALUES = 4
 
 class _Unfit(Exception):
     """Raised when a capture cannot be used; its message says why."""
-
-
-@dataclass
-class _Entry:
-    """One captured graph."""
-
-    run: Callable[..., list[Tensor]]
-    """Takes the tensors that change from call to call; its results are overwritten by the next call."""
-    to_verify: int
-    carried: list[Tensor]
-    """Its own memory in place of inputs that it writes to and that are no buffers of the model."""
-    nbytes: int = 0
-    """Device memory that the capture took, roughly."""
-    used: int = 0
-    """The call that used it last."""
-
-
-@dataclass
-class _Candidate:
-    """A shape without a graph."""
-
-    seen: int = 0
-    since: int = 0
-    """The call that `seen` counts from."""
-    evicted: bool = False
-    plain: str = ""
-    """Why it will never have a graph."""
-    may_pad: bool = True
-
-
-@dataclass(eq=False)
-class _Weights:
-    """The tensors that a number of graphs were captured with: they read this memory, whatever the module holds."""
-
-    tensors: tuple[Any, ...]
-    """Those tensors; their `id`s while there is no graph, so that nothing is kept alive."""
-    replacements: int
-    """How many replacements of tensor data were looked at."""
-    entries: OrderedDict[Key, _Entry] = field(default_factory=OrderedDict)
-    """Least recently used first."""
-    candidates: OrderedDict[Key, _Candidate] = field(default_factory=OrderedDict)
-    used: int = 0
-    frozen: bool = False
-    """Whether no graph may take another one's place any more."""
-
-    def candidate(self, key: Key) -> _Candidate:
-        """What is known of a shape without a graph."""
-        found = self.candidates.setdefault(key, _Candidate())
-        self.candidates.move_to_end(key)
-        if len(self.candidates) > _MAX_KEYS:
-            self.candidates.popitem(last=False)
-        return found
 
 
 class CapturedGraph:
@@ -109,7 +53,6 @@ class CapturedGraph:
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
         used = {node.name for node in parts.captured.graph.nodes if node.op == "placeholder" and node.users}
-        self._arity = len(nodes)
         tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor) and nodes[i].name in used]
         self._static_places = [i for i in tensors if _torch.is_static(nodes[i])]
         self._carried: list[int] | None = None
@@ -123,10 +66,7 @@ class CapturedGraph:
         symbolic = any(type(size) is str for i in tensors for size in _torch.sizes_of(values[i]))
         self._keyed = symbolic or bool(self._numbers) or bool(self._hosted)
         self._statics = _getter(self._static_places)
-        self._weights: list[_Weights] = []
-        """Those with graphs."""
-        self._new_weights: dict[tuple[int, ...], _Weights] = {}
-        """Those without, by the `id`s of their tensors."""
+        self._store = GraphStore(context.replacements)
         self._calls = 0
         self._captured_in = -1
         self._misses, self._missed_in = 0, -1
@@ -141,68 +81,29 @@ class CapturedGraph:
         self._calls += 1
         if self._carried is None:
             self._carry(args)
-        weights, key = self._weights_of(args), self._key(args)
-        entry = weights.entries.get(key)
-        if entry is not None and not entry.to_verify:
-            weights.entries.move_to_end(key)
-            entry.used = self._calls
-            return self._finish(args, self._replay(entry, args))
-        return self._context.timed(Stage.CAPTURE, self._new, weights, key, entry, args)
+        found, key = self._store.find(self._statics(args), self._calls), self._key(args)
+        graph = found.graphs.get(key)
+        if graph is None:
+            return self._context.timed(Stage.CAPTURE, self._without, found, key, args)
+        found.use(key, self._calls)
+        if graph.to_verify:
+            return self._context.timed(Stage.CAPTURE, self._verified, found, key, args)
+        return self._finish(args, self._replay(graph, args))
 
     def release(self) -> None:
-        """Free all graphs, of which none may be running."""
-        self._weights.clear()
+        """Free all graphs."""
+        self._store.clear()
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:
-        """Take other tensor objects for those that the graphs were captured with, in another run.
-
-        Args:
-            now: Per former tensor, by `id`, the one that shows its memory; None if no tensor does.
-        """
-        for weights in list(self._weights):
-            tensors = tuple(now.get(id(tensor), tensor) for tensor in weights.tensors)
-            if any(tensor is None for tensor in tensors):
-                self._drop(weights)
-            weights.tensors, weights.replacements = tensors, self._context.replacements.count
+        """Begin another run, in which other tensor objects may show the weights' memory: see `GraphStore.rebind`."""
+        self._store.rebind(now)
 
     @property
     def holds_graphs(self) -> bool:
         """Whether there is anything to keep for another run."""
-        return any(weights.entries for weights in self._weights)
+        return bool(self._store)
 
     # Identity
-
-    def _weights_of(self, args: Arguments) -> _Weights:
-        """The graphs that were captured with these very tensors."""
-        statics, replacements = self._statics(args), self._context.replacements
-        for weights in self._weights:
-            if all(map(is_, weights.tensors, statics)):
-                if weights.replacements != replacements.count:
-                    if replacements.any_since(weights.replacements, weights.tensors):
-                        self._drop(weights)
-                        break
-                    weights.replacements = replacements.count
-                weights.used = self._calls
-                return weights
-        ids = tuple(map(id, statics))
-        if (known := self._new_weights.get(ids)) is not None:
-            known.used = self._calls
-            return known
-        made = self._new_weights[ids] = _Weights(ids, replacements.count, used=self._calls)
-        if len(self._new_weights) > _MAX_KEYS:
-            del self._new_weights[next(iter(self._new_weights))]
-        return made
-
-    def _keep(self, weights: _Weights, args: Arguments) -> None:
-        """Hold the tensors of weights that are about to have their first graph."""
-        if not any(each is weights for each in self._weights):
-            self._new_weights.pop(weights.tensors, None)
-            weights.tensors, weights.replacements = self._statics(args), self._context.replacements.count
-            # Some are gone for good, a few may come back: an adapter, say. Blocks that share this graph are all in use.
-            limit = 16 + 4 * len(self._weights)
-            for unused in [each for each in self._weights if self._calls - each.used > limit]:
-                self._drop(unused)
-            self._weights.append(weights)
 
     def _key(self, args: Arguments) -> Key:
         if not self._keyed:
@@ -222,31 +123,23 @@ class CapturedGraph:
         del self._host_values[_MAX_HOST_VALUES:]
         return self._host_number
 
-    def _drop(self, weights: _Weights) -> None:
-        if weights.entries:
-            _habana.synchronize()  # The last replay may still be running.
-        weights.entries.clear()
-        self._weights.remove(weights)
-
     # Replay
 
-    def _inputs(self, args: Arguments) -> list[Tensor]:
-        # A view would become a static input that later calls overwrite, with what it shows (bridge `hpu/graphs.py`).
-        return [arg.clone() if _habana.is_view(arg) else arg for arg in (args[i] for i in self._places)]
-
-    def _replay(self, entry: _Entry, args: Arguments) -> list[Tensor]:
+    def _replay(self, graph: Captured, args: Arguments) -> list[Tensor]:
         """The results of a replay, which are the caller's."""
         self._context.counts.replays += 1
-        results: list[Tensor] = self._context.timed(Stage.REPLAY, self._run, entry, self._inputs(args), args)
+        # A view would become a static input that later calls overwrite, with what it shows (bridge `hpu/graphs.py`).
+        inputs = [arg.clone() if _habana.is_view(arg) else arg for arg in (args[place] for place in self._places)]
+        results: list[Tensor] = self._context.timed(Stage.REPLAY, self._run, graph, inputs, args)
         return results
 
-    def _run(self, entry: _Entry, inputs: list[Tensor], args: Arguments) -> list[Tensor]:
+    def _run(self, graph: Captured, inputs: list[Tensor], args: Arguments) -> list[Tensor]:
         carried = [args[place] for place in self._carried or ()]
-        for own, given in zip(entry.carried, carried, strict=True):
+        for own, given in zip(graph.carried, carried, strict=True):
             own.copy_(given)
         # The next replay overwrites the graph's own tensors.
-        results = [result.clone() for result in entry.run(*inputs)]
-        for own, given in zip(entry.carried, carried, strict=True):
+        results = [result.clone() for result in graph.run(*inputs)]
+        for own, given in zip(graph.carried, carried, strict=True):
             given.copy_(own)
         return results
 
@@ -257,127 +150,112 @@ class CapturedGraph:
         self._context.counts.plain(reason)
         return self._plain(*args)
 
-    # New shapes
+    # Without a graph
 
-    def _new(self, weights: _Weights, key: Key, entry: _Entry | None, args: Arguments) -> Any:
-        if entry is not None:
-            return self._verified_replay(weights, key, entry, args)
-        candidate = weights.candidate(key)
+    def _without(self, found: WeightsGraphs, key: Key, args: Arguments) -> Any:
+        """Run what has no graph for its shape: in a larger one, captured, or plainly."""
+        candidate = found.candidate(key)
         if candidate.plain:
             return self._run_plainly(args, candidate.plain)
         candidate.seen += 1
         candidate.since = candidate.since or self._calls
         if self._batch is not None and candidate.may_pad:
-            verified = (other for other, graph in weights.entries.items() if not graph.to_verify)
+            verified = (other for other, graph in found.graphs.items() if not graph.to_verify)
             if (large := self._batch.smallest(key, verified)) is not None:
-                return self._padded(weights, key, large, args)
-        if (reason := self._not_yet(weights, key, candidate)) or (reason := self._make_room(weights, candidate)):
-            return self._run_plainly(args, reason)
-        return self._capture(weights, key, candidate, args)
+                return self._padded(self._batch, found, key, large, args)
+        reason = self._reason_to_wait(found, key, candidate) or self._make_room(found, candidate)
+        return self._run_plainly(args, reason) if reason else self._capture(found, key, candidate, args)
 
-    def _not_yet(self, weights: _Weights, key: Key, candidate: _Candidate) -> str:
-        """Why a shape gets no graph this time."""
-        if candidate.seen == 1 and self._weights and not weights.entries:
+    def _reason_to_wait(self, found: WeightsGraphs, key: Key, candidate: Candidate) -> str:
+        """Why a shape gets no graph when it comes first."""
+        if candidate.seen > 1:
+            return ""
+        if self._store and not found.graphs:
             return "the weights that it is called with are new"
-        if self._hosted and candidate.seen == 1:
-            if self._many_misses():
+        if self._hosted:
+            if self._is_data():
                 self._context.too_many_host_values()
             return "the values of its inputs on the host are new"
-        if self._differs_in_numbers_only(weights, key):
-            if candidate.seen == 1:
-                if self._many_misses():
-                    self._context.too_many_numbers()
-                return "it is given a Python number that changes, and this value is new"
-        elif self._captured_in == self._context.step and candidate.seen == 1:
-            # One step calls this graph with many shapes, as a decoder with a growing cache does.
-            return "its shapes are new"
-        return ""
+        known = (*found.graphs, *found.candidates) if self._numbers else ()
+        if any(other[1:] == key[1:] and other[0] != key[0] for other in known):
+            if self._is_data():
+                self._context.too_many_numbers()
+            return "it is given a Python number that changes, and this value is new"
+        # One step may call this with many shapes, as a decoder with a growing cache does.
+        return "its shapes are new" if self._captured_in == self._context.step else ""
 
-    def _many_misses(self) -> bool:
+    def _is_data(self) -> bool:
         """Count a step in which a value was new, and say whether there were many in a row."""
         if self._missed_in != self._context.step:
             self._misses = self._misses + 1 if self._missed_in == self._context.step - 1 else 1
             self._missed_in = self._context.step
         return self._misses >= _MANY_NUMBERS
 
-    def _differs_in_numbers_only(self, weights: _Weights, key: Key) -> bool:
-        if not self._keyed or not self._numbers:
-            return False
-        known = (*weights.entries, *weights.candidates)
-        return any(other[1:] == key[1:] and other[0] != key[0] for other in known)
-
-    def _make_room(self, weights: _Weights, candidate: _Candidate) -> str:
-        """Drop the least recently used graph if there are too many; why it may not be dropped, if it may not.
-
-        It goes only if the new shape came twice since it was used: more shapes in turn than there may be graphs would
-        replace each other without end. What was dropped and comes back shows the same.
-        """
+    def _make_room(self, found: WeightsGraphs, candidate: Candidate) -> str:
+        """Drop a graph if there are too many; why none may be dropped, if so."""
         limit = self._context.config.max_graphs
-        weights.frozen |= candidate.evicted
-        if len(weights.entries) < limit:
+        if len(found.graphs) < limit:
             return ""
-        oldest = next(iter(weights.entries))
-        if weights.entries[oldest].used >= candidate.since:
-            candidate.seen, candidate.since = 1, self._calls
-        if weights.frozen or candidate.seen < 2:
-            if candidate.seen > 1 or weights.frozen:
-                self._context.warn(
-                    "more shapes",
-                    f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and"
-                    " batches of other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur:"
-                    " `bucket_lengths`.",
-                )
+        oldest = found.evictable(candidate, self._calls)
+        if oldest is None:
+            if candidate.seen > 1 or found.frozen:
+                self._context.too_many_shapes(limit)
             return "there are more shapes than `max_graphs`"
-        self._evict(weights, oldest)
+        self._evict(found, oldest)
         return ""
 
-    def _evict(self, weights: _Weights, key: Key) -> None:
-        _habana.synchronize()  # Its last replay may still be running.
-        del weights.entries[key]
-        weights.candidate(key).evicted = True
+    def _evict(self, found: WeightsGraphs, key: Key) -> None:
+        found.evict(key)
         self._context.counts.evictions += 1
 
-    # Capture and verification
+    def _padded(self, batch: BatchDimension, found: WeightsGraphs, key: Key, large: Key, args: Arguments) -> Any:
+        """Run a short batch in a larger graph, compared with the plain ops the first time."""
+        graph, candidate = found.use(large, self._calls), found.candidate(key)
+        results = batch.cut(self._replay(graph, batch.pad(args, batch.rows_of(large))), batch.rows_of(key))
+        self._context.counts.padded += 1
+        if candidate.seen == 1:
+            expected = list(self._captured(*args))
+            self._context.counts.verified += 1
+            if differs := difference(results, expected):
+                candidate.may_pad = False
+                self._context.cannot_pad(differs)
+            results = expected
+        return self._finish(args, results)
 
-    def _capture(self, weights: _Weights, key: Key, candidate: _Candidate, args: Arguments) -> Any:
-        context, verify = self._context, self._context.config.verify_graphs
+    # Capture
+
+    def _capture(self, found: WeightsGraphs, key: Key, candidate: Candidate, args: Arguments) -> Any:
+        context, config = self._context, self._context.config
         self._captured_in = context.step
-        before, memory = self._written_tensors(args), context.memory_in_use()
-        saved = [tensor.clone() for tensor in before]
+        saved, memory = self._copies_of_written(args), context.memory_in_use()
         try:
-            entry = self._graphed(args)
-            entry.to_verify = verify + 1 if verify else 0
+            graph = self._graphed(args)
             # A capture matches its inputs by tensor: none may be another's alias, a weight's least of all.
-            inputs = [args[i].clone() for i in self._places]
+            inputs = [args[place].clone() for place in self._places]
             with context.capture():
-                results = self._run(entry, inputs, args)
-            entry.nbytes = max(0, context.memory_in_use() - memory)
-            budget = context.config.graph_memory
-            if budget is not None and entry.nbytes > budget:
-                raise _Unfit(f"its graph alone takes {entry.nbytes} bytes, and `graph_memory` is {budget}")
+                results = self._run(graph, inputs, args)
+            graph.nbytes = max(0, context.memory_in_use() - memory)
+            if config.graph_memory is not None and graph.nbytes > config.graph_memory:
+                raise _Unfit(f"its graph takes {graph.nbytes} bytes, and `graph_memory` is {config.graph_memory}")
         except Exception as error:
-            for tensor, value in zip(before, saved, strict=True):
-                tensor.copy_(value)
+            self._write_back(args, saved)
             candidate.plain = str(error) if isinstance(error, _Unfit) else _in_words(error)
             context.fails(f"{candidate.plain}{self._where}")
             return self._run_plainly(args, candidate.plain)
         context.counts.captures += 1
-        self._keep(weights, args)
-        weights.entries[key] = entry
-        weights.candidates.pop(key, None)
-        self._hold_budget(weights)
-        entry.used = self._calls
-        return self._check(weights, key, entry, args, results, saved)
+        graph.to_verify = config.verify_graphs + 1 if config.verify_graphs else 0
+        self._store.add(found, self._statics(args), key, graph, self._calls)
+        self._hold_budget(found)
+        return self._compared(found, key, args, results, saved) if graph.to_verify else self._finish(args, results)
 
     def _carry(self, args: Arguments) -> None:
         """Find what is written and not the model's own: it may be another tensor in each call."""
         buffers = self._context.registered()
         self._carried = [place for place in self._parts.written if id(args[place]) not in buffers]
-        self._static_places = [place for place in self._static_places if place not in self._carried]
         self._places = [place for place in self._places if place not in self._carried]
-        self._statics = _getter(self._static_places)
+        self._statics = _getter([place for place in self._static_places if place not in self._carried])
 
-    def _graphed(self, args: Arguments) -> _Entry:
+    def _graphed(self, args: Arguments) -> Captured:
         """The captured part as a function of the tensors that change from call to call."""
         forward, places = self._captured, self._places
         fixed = list(args)
@@ -393,71 +271,47 @@ class CapturedGraph:
                 given[place] = tensor
             return list(forward(*given))
 
-        return _Entry(_habana.graphed(function), 0, carried)
+        return Captured(_habana.graphed(function), carried)
 
-    def _written_tensors(self, args: Arguments) -> list[Tensor]:
-        return [args[place] for place in self._parts.written]
-
-    def _verified_replay(self, weights: _Weights, key: Key, entry: _Entry, args: Arguments) -> Any:
-        saved = [tensor.clone() for tensor in self._written_tensors(args)]
-        entry.used = self._calls
-        weights.entries.move_to_end(key)
-        return self._check(weights, key, entry, args, self._replay(entry, args), saved)
-
-    def _check(
-        self,
-        weights: _Weights,
-        key: Key,
-        entry: _Entry,
-        args: Arguments,
-        results: list[Tensor],
-        saved: list[Tensor],
-    ) -> Any:
-        """Compare a replay with the plain ops, if there is something to verify; the caller gets the plain results.
-
-        `results` are those of the replay; `saved` is what the memory that it writes to held before.
-        """
-        if not entry.to_verify:
-            return self._finish(args, results)
-        written = self._written_tensors(args)
-        after = [tensor.clone() for tensor in written]
-        for tensor, value in zip(written, saved, strict=True):
-            tensor.copy_(value)
-        expected = list(self._captured(*args))
-        entry.to_verify -= 1
-        self._context.counts.verified += 1
-        if found := difference([*results, *after], [*expected, *written]):
-            reason = f"a replay differs from the plain ops ({found})"
-            del weights.entries[key]
-            weights.candidate(key).plain = reason
-            self._context.fails(f"{reason}{self._where}")
-        return self._finish(args, expected)
-
-    def _hold_budget(self, weights: _Weights) -> None:
+    def _hold_budget(self, found: WeightsGraphs) -> None:
         budget = self._context.config.graph_memory
         if budget is not None:
-            while sum(entry.nbytes for entry in weights.entries.values()) > budget and len(weights.entries) > 1:
-                self._evict(weights, next(iter(weights.entries)))
+            while sum(graph.nbytes for graph in found.graphs.values()) > budget and len(found.graphs) > 1:
+                self._evict(found, next(iter(found.graphs)))
 
-    # Short batches
+    # Verification
 
-    def _padded(self, weights: _Weights, key: Key, large: Key, args: Arguments) -> Any:
-        """Run a short batch in a larger graph, compared with the plain ops the first time."""
-        assert self._batch is not None
-        entry, candidate = weights.entries[large], weights.candidate(key)
-        weights.entries.move_to_end(large)
-        entry.used = self._calls
-        padded = self._batch.pad(args, self._batch.rows_of(large))
-        results = self._batch.cut(self._replay(entry, padded), self._batch.rows_of(key))
-        self._context.counts.padded += 1
-        if candidate.seen == 1 and not self._parts.random:
-            expected = list(self._captured(*args))
-            self._context.counts.verified += 1
-            if found := difference(results, expected):
-                candidate.may_pad = False
-                self._context.cannot_pad(found)
-            results = expected
-        return self._finish(args, results)
+    def _verified(self, found: WeightsGraphs, key: Key, args: Arguments) -> Any:
+        """Replay a graph and compare it with the plain ops."""
+        saved = self._copies_of_written(args)
+        return self._compared(found, key, args, self._replay(found.graphs[key], args), saved)
+
+    def _compared(
+        self, found: WeightsGraphs, key: Key, args: Arguments, results: list[Tensor], saved: list[Tensor]
+    ) -> Any:
+        """Compare a replay, and the memory that it wrote to, with the plain ops; the caller gets the plain results.
+
+        `results` are those of the replay; `saved` is what that memory held before.
+        """
+        after = self._copies_of_written(args)
+        self._write_back(args, saved)
+        expected = list(self._captured(*args))
+        found.graphs[key].to_verify -= 1
+        self._context.counts.verified += 1
+        written = [args[place] for place in self._parts.written]
+        if differs := difference([*results, *after], [*expected, *written]):
+            del found.graphs[key]
+            candidate = found.candidate(key)
+            candidate.plain = f"a replay differs from the plain ops ({differs})"
+            self._context.fails(f"{candidate.plain}{self._where}")
+        return self._finish(args, expected)
+
+    def _copies_of_written(self, args: Arguments) -> list[Tensor]:
+        return [args[place].clone() for place in self._parts.written]
+
+    def _write_back(self, args: Arguments, values: list[Tensor]) -> None:
+        for place, value in zip(self._parts.written, values, strict=True):
+            args[place].copy_(value)
 
 
 def _getter(places: list[int]) -> Callable[[Arguments], tuple[Any, ...]]:

@@ -97,6 +97,14 @@ class GraphContext:
         what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
         self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}.")
 
+    def too_many_shapes(self, limit: int) -> None:
+        """Say that graphs are not replaced any longer."""
+        self.warn(
+            "shapes",
+            f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and batches of"
+            " other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur: `bucket_lengths`.",
+        )
+
     def cannot_pad(self, found: str) -> None:
         """Say that rows of a batch depend on each other."""
         self.warn(

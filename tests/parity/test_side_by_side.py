@@ -1,5 +1,6 @@
 """Every case on stock Lightning and on the plugin: predictions, hooks, writers, counters and the module afterwards."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -41,8 +42,15 @@ def stock(name: str) -> Record:
     return run("cpu", CASES[name])
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("name", CASES)
+def combinations() -> Iterator[Any]:
+    """Every case with the default flags and, in turn, one of the others; the rest is marked `full`."""
+    for place, name in enumerate(CASES):
+        for number, flags in enumerate(FLAGS):
+            chosen = number in (0, 1 + place % (len(FLAGS) - 1))
+            yield pytest.param(name, flags, id=f"{name}-{flags}", marks=[] if chosen else [pytest.mark.full])
+
+
+@pytest.mark.parametrize(("name", "flags"), combinations())
 def test_like_stock(name: str, flags: dict[str, Any]) -> None:
     compare(flags, CASES[name], stock(name))
 
