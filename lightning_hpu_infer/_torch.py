@@ -3,6 +3,7 @@
 `tests/test_torch_names.py` fails where one of them moves.
 """
 
+import re
 import types
 import warnings
 import weakref
@@ -69,8 +70,6 @@ def _settings() -> dict[str, Any]:
         limits[1]: 4096,
         # By default a hook that is registered after the first call is not noticed.
         "skip_nnmodule_hook_guards": False,
-        # A float that changed once would be an input on the host from then on, which no graph can have.
-        "specialize_float": True,
         # By default everything that calls an `nn.LSTM` runs plainly.
         "allow_rnn": True,
     }
@@ -186,16 +185,20 @@ _numbers = count()
 def dynamic_dims(tensors: list[tuple[Tensor, int]]) -> Iterator[None]:
     """Tell Dynamo, for a call, which dimensions of which tensors vary. The tensors are left as they were."""
     names = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
-    before = [(tensor, {name: vars(tensor)[name] for name in names if name in vars(tensor)}) for tensor, _ in tensors]
+    before = {id(tensor): (tensor, {name: vars(tensor).pop(name, None) for name in names}) for tensor, _ in tensors}
     try:
+        for tensor, marks in before.values():
+            for dim in marks[names[0]] or ():
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
         for tensor, dim in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         yield
     finally:
-        for tensor, marks in before:
-            for name in names:
+        for tensor, marks in before.values():
+            for name, mark in marks.items():
                 vars(tensor).pop(name, None)
-            vars(tensor).update(marks)
+                if mark is not None:
+                    vars(tensor)[name] = mark
 
 
 def ensure_device_interface(device_type: str) -> None:
@@ -253,23 +256,22 @@ def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def users_line(module: GraphModule) -> str:
-    """The user's line that the first op of a traced graph comes from, as `file:line`; empty if that is not known."""
-    for node in module.graph.nodes:
-        # The innermost frame last; the outermost ones are ours and Lightning's.
-        for line in (node.stack_trace or "").splitlines():
-            if line.strip().startswith("File ") and not any(folder in line for folder in _LIBRARIES):
-                name, number = line.strip().split('"')[1], line.split(", line ")[1].split(",")[0]
-                return f"{name}:{number}"
-    return ""
+def users_line(nodes: Iterable[Node]) -> str:
+    """The user's line that the first of some nodes comes from, as `, at file:line`; empty if that is not known."""
+    return next((line for node in nodes if (line := _innermost(node.stack_trace or ""))), "")
 
 
 def line_of(error: BaseException) -> str:
-    """The user's line at which Dynamo met an error, as `file:line`; empty if that is not known."""
-    for frame in reversed(getattr(error, "real_stack", None) or ()):
-        if not frame.filename.startswith(_LIBRARIES):
-            return f"{frame.filename}:{frame.lineno}"
-    return ""
+    """The user's line at which Dynamo met an error, as `, at file:line`; empty if that is not known."""
+    stack = getattr(error, "real_stack", None) or ()
+    frames = [f'File "{frame.filename}", line {frame.lineno}' for frame in stack]
+    return _innermost("\n".join(frames)) or _innermost(str(error).partition("from user code")[2])
+
+
+def _innermost(stack: str) -> str:
+    """The last frame of a stack, as Python prints them, that is not in a library."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', stack)
+    return next((f", at {file}:{line}" for file, line in reversed(frames) if not file.startswith(_LIBRARIES)), "")
 
 
 def must_run_plainly() -> str:
@@ -317,14 +319,16 @@ class ClassFunctions:
     def __init__(self, classes: Iterable[type]) -> None:
         bases = dict.fromkeys(base for kind in classes for base in kind.__mro__ if base is not object)
         self._looked_up = [
-            (vars(base), getter)
+            # Dynamo itself adds names to classes of torch.
+            (vars(base) if own else (), vars(base), getter)
             for base in bases
-            if (getter := _functions_of(base, own=not base.__module__.startswith("torch."))) is not None
+            for own in (not base.__module__.startswith("torch."),)
+            if (getter := _functions_of(base, own=own)) is not None
         ]
 
     def now(self) -> tuple[Any, ...]:
         """The functions, and how many names each class has; equal as long as nothing was patched."""
-        return tuple([(len(names), getter(names)) for names, getter in self._looked_up])
+        return tuple([(len(counted), getter(names)) for counted, names, getter in self._looked_up])
 
 
 def _functions_of(kind: type, *, own: bool) -> Callable[[Any], Any] | None:

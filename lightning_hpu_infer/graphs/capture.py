@@ -47,8 +47,7 @@ class CapturedGraph:
         self._captured = parts.captured.forward
         self._rest = parts.rest.forward if parts.rest is not None else None
         self._parts = parts
-        line = _torch.users_line(module)
-        self._where = f", at {line}" if line else ""
+        self._where = _torch.users_line(module.graph.nodes)
         self._context = context
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
@@ -198,7 +197,8 @@ class CapturedGraph:
             return ""
         oldest = found.evictable(candidate, self._calls)
         if oldest is None:
-            if candidate.seen > 1 or found.frozen:
+            found.refused += 1
+            if found.refused > limit:
                 self._context.too_many_shapes(limit)
             return "there are more shapes than `max_graphs`"
         self._evict(found, oldest)

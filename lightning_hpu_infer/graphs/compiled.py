@@ -36,8 +36,7 @@ class CompiledGraph:
         self._plain = module.forward
         self._compiled = compiled
         self._context = context
-        line = _torch.users_line(module)
-        self._where = f", at {line}" if line else ""
+        self._where = _torch.users_line(module.graph.nodes)
         self._written = parts.written
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]

@@ -1,6 +1,7 @@
 """Which modules are traced by themselves: named ones, repeated blocks, or those that a step calls."""
 
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,9 +54,14 @@ def repeated_blocks(root: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 class OutermostCalls:
-    """Collects the modules with weights that this thread calls, without those that they call in turn."""
+    """Collects the modules with weights that this thread calls, without those that they call in turn.
 
-    def __init__(self) -> None:
+    Args:
+        root: The model, which does not count itself.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
         self.counts: Counter[nn.Module] = Counter()
         """How often each was called."""
 
@@ -65,17 +71,20 @@ class OutermostCalls:
         thread = threading.get_ident()
         depth = 0
 
-        # Where torch.compile of the user's traces a module meanwhile, the hooks leave nothing in what it makes.
+        def watching(module: nn.Module) -> bool:
+            # Where torch.compile of the user's traces a module meanwhile, the hooks leave nothing in what it makes.
+            return not torch.compiler.is_compiling() and threading.get_ident() == thread and module is not self._root
+
         def enter(module: nn.Module, _: object) -> None:
             nonlocal depth
-            if not torch.compiler.is_compiling() and threading.get_ident() == thread:
+            if watching(module):
                 if depth == 0:
                     self.counts[module] += 1
                 depth += 1
 
-        def leave(*_: object) -> None:
+        def leave(module: nn.Module, *_: object) -> None:
             nonlocal depth
-            if not torch.compiler.is_compiling() and threading.get_ident() == thread:
+            if watching(module):
                 depth -= 1
 
         handles = [
@@ -83,15 +92,18 @@ class OutermostCalls:
             register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            yield
+            with warnings.catch_warnings():
+                # About these hooks, where a module was compiled by the user.
+                warnings.filterwarnings("ignore", "Using `torch.compile")
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def networks(self, root: nn.Module) -> dict[str, list[nn.Module]]:
-        """The networks among them, by their names in the root."""
+    def networks(self) -> dict[str, list[nn.Module]]:
+        """The networks among them, by their names in the model."""
         inner = {child for module in self.counts for child in module.modules() if child is not module}
-        names = {module: name for name, module in root.named_modules()}
+        names = {module: name for name, module in self._root.named_modules()}
         return {
             names.get(module) or type(module).__name__: [module]
             for module in self.counts

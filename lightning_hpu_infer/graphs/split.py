@@ -111,8 +111,7 @@ class _Recorder(_torch.Dispatch):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Look at one op."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            self.written.update(_written(func, args, kwargs))
+        self.written.update(_written(func, args, kwargs))
         if _is_random(func, args, kwargs):
             self.random = True
             self.problem = f"it draws random numbers ({func})"
@@ -135,6 +134,12 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterab
             for tensor in tree_leaves(given):
                 if isinstance(tensor, Tensor):
                     yield _torch.storage_of(tensor)
+    # The schemas of normalisations do not tell that they update their statistics.
+    given = {argument.name: value for argument, value in _arguments(func, args, kwargs)}
+    if any(given.get(name) is True for name in ("training", "train", "use_input_stats")):
+        for name in ("running_mean", "running_var"):
+            if isinstance(given.get(name), Tensor):
+                yield _torch.storage_of(given[name])
 
 
 def _is_random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -211,14 +216,13 @@ class _Splitter(Interpreter):
         if n.op != "output" and isinstance(value, Tensor):
             self._base.setdefault(_torch.storage_of(value), n)
         if n.op != "output":
-            self._plain.update({n: reason} if (reason := self._problem(n, value, tensors)) else {})
+            inherited = next((self._plain[given] for given in n.all_input_nodes if given in self._plain), "")
+            if reason := inherited or self._problem(n, tensors):
+                self._plain[n] = inherited or f"{reason}{_torch.users_line([n])}"
         return value
 
-    def _problem(self, node: Node, value: Any, tensors: list[Tensor]) -> str:
-        """Why a node must not be captured."""
-        for given in node.all_input_nodes:
-            if given in self._plain:
-                return self._plain[given]
+    def _problem(self, node: Node, tensors: list[Tensor]) -> str:
+        """Why a node must not be captured, by itself."""
         if self._recorder.problem:
             return self._recorder.problem
         if self._is_constant(node, tensors):

@@ -187,10 +187,10 @@ class StepGraphs:
         """Run the first batch plainly, and see which networks the step calls; then choose what is traced."""
         if self._modules is not None:
             return step(*args, **kwargs)
-        call, calls = self._call(_STEP), OutermostCalls()
+        call, calls = self._call(_STEP), OutermostCalls(self._root)
         with calls.watched():
             output = call.first(step, *args, **kwargs)
-        self._networks = calls.networks(self._root)
+        self._networks = calls.networks()
         looped = [name for name, (module,) in self._networks.items() if calls.counts[module] > _MAX_CALLS]
         if looped:
             rank_zero_info(

@@ -61,6 +61,8 @@ class WeightsGraphs:
     candidates: OrderedDict[Key, Candidate] = field(default_factory=OrderedDict)
     frozen: bool = False
     """Whether no graph may take another one's place any more."""
+    refused: int = 0
+    """How often there was no place for a graph."""
 
     def candidate(self, key: Key) -> Candidate:
         """What is known of a shape without a graph."""

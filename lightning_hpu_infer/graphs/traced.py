@@ -203,8 +203,7 @@ class TracedCall:
         if not parts.reason:
             self._idle += 1
             return module.forward  # There is nothing to launch.
-        line = _torch.users_line(module)
-        self._without = self._without or f"{parts.reason}{f', at {line}' if line else ''}"
+        self._without = self._without or parts.reason
 
         def plain(*args: Any) -> Any:
             context.counts.plain(parts.reason)
@@ -227,8 +226,7 @@ class TracedCall:
         if self._failure is not None:
             error, self._failure = self._failure, None
             message = " ".join(str(error).split("\n\n")[0].split())[:300]
-            line = _torch.line_of(error)
-            failure = f"tracing failed{f' at {line}' if line else ''} ({type(error).__name__}: {message})"
+            failure = f"tracing failed{_torch.line_of(error)} ({type(error).__name__}: {message})"
         if self._context.gives_up:
             self.given_up, self._context.gives_up = self._context.gives_up, ""
         elif self._debt > _MAX_DEBT:

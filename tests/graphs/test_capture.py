@@ -200,16 +200,13 @@ STATES: list[Any] = [
 ]
 
 
-unseen = pytest.mark.xfail(strict=True, reason="the schema of batch_norm does not tell that it writes its statistics")
-
-
 @pytest.mark.parametrize(
     ("function", "verify"),
     [
         *((function, verify) for function in STATES for verify in (0, 1, 3)),
         (_batch_norm, 0),
-        pytest.param(_batch_norm, 1, marks=unseen),
-        pytest.param(_batch_norm, 3, marks=unseen),
+        (_batch_norm, 1),
+        (_batch_norm, 3),
     ],
 )
 def test_rule_5_state_in_place_is_changed_once_per_batch(function: Any, verify: int) -> None:
@@ -310,7 +307,6 @@ def test_more_shapes_in_turn_than_max_graphs_are_not_captured_on_and_on() -> Non
     assert counts.replays >= 12
 
 
-@pytest.mark.xfail(strict=True, reason="shapes in turn that are more than `max_graphs` are told in the summary only")
 def test_more_shapes_in_turn_than_max_graphs_are_told() -> None:
     with one_warning("more shapes in use than `max_graphs=2`"):
         run(Model(), sizes(*IN_TURN), max_graphs=2)
@@ -341,7 +337,7 @@ def test_a_memory_budget_drops_the_graphs_that_were_used_least_recently(budget: 
 
 
 def test_a_graph_that_exceeds_the_memory_budget_alone_is_given_up() -> None:
-    with one_warning("its graph alone takes .* bytes, and `graph_memory` is 8"):
+    with one_warning("its graph takes .* bytes, and `graph_memory` is 8"):
         counts = run(Model(), graph_memory=8)
     assert (counts.captures, counts.replays) == (0, 0)
 

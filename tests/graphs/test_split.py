@@ -278,7 +278,6 @@ def test_inputs_on_the_host_are_told(size: int) -> None:
         pytest.param(
             lambda m, x: functional.batch_norm(x, m.total, m.linear.bias.detach() ** 2, training=True),
             ["total"],
-            marks=pytest.mark.xfail(strict=True, reason="the schema of batch_norm does not tell of it"),
         ),
     ],
 )
@@ -333,7 +332,9 @@ def test_gradients_are_left_to_plain_ops() -> None:
     compiled = runs.compile(lambda m, x: m.linear(x).relu() + 1)
     model, x = inputs("hpu")
     assert compiled(model, x).requires_grad
-    assert [(parts.captured, parts.reason) for parts in runs.parts] == [(None, "it records gradients")]
+    (parts,) = runs.parts
+    assert parts.captured is None
+    assert parts.reason.startswith(f"it records gradients, at {__file__}:")
 
 
 def test_it_works_for_other_devices() -> None:

@@ -122,12 +122,6 @@ def test_constants_of_calls_are_told_apart() -> None:
     assert run(Model(scaled, step), graph_modules=["network"]).replays > 0
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo takes 0.0 for -0.0")
-def test_signed_zeros_are_told_apart() -> None:
-    signed = lambda n, x, sign: torch.copysign(n.linear(x), x * 0 + sign)  # noqa: E731
-    run(Model(signed, lambda n, x, i: (n(x, 0.0), n(x, -0.0))), graph_modules=["network"])
-
-
 # What is around a call
 
 
@@ -255,7 +249,7 @@ def test_rule_10_a_real_fault_of_dynamo_gives_right_results() -> None:
             y = network(x)
         return y.float() * 0 + 1
 
-    with one_warning("without an HPU graph: tracing failed .InternalTorchDynamoError"):
+    with one_warning("without an HPU graph: tracing failed, at .*test_traced.py:.* .InternalTorchDynamoError"):
         assert run(Model(step=step), sizes(*[2] * 20)).replays >= 10
 
 
@@ -281,7 +275,6 @@ def fails_to_trace(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     monkeypatch.setattr(_torch._Callback, "__init__", initialise)
 
 
-@pytest.mark.xfail(strict=True, reason="the outermost line of the first op is named, not that of the op")
 def test_a_line_that_cannot_be_in_a_graph_is_named() -> None:
     def step(network: Any, x: Tensor, i: int) -> Any:
         return network(x + torch.rand_like(x))
@@ -328,10 +321,7 @@ def test_networks_that_read_the_device_are_right(name: str) -> None:
 # What is left behind
 
 
-told = pytest.mark.xfail(strict=True, reason="torch warns of the global hooks that find the networks of a step")
-
-
-@pytest.mark.parametrize("how", ["function", "module in place", pytest.param("module", marks=told), "step"])
+@pytest.mark.parametrize("how", ["function", "module in place", "module", "step"])
 def test_what_the_user_has_compiled_goes_on_working(how: str) -> None:
     module: Any = Net()
     expected = predict("cpu", Net(), rows(16, 2))

@@ -50,7 +50,7 @@ def combinations() -> Iterator[Any]:
             yield pytest.param(name, flags, id=f"{name}-{flags}", marks=[] if chosen else [pytest.mark.full])
 
 
-@pytest.mark.parametrize(("name", "flags"), combinations())
+@pytest.mark.parametrize(("name", "flags"), list(combinations()))
 def test_like_stock(name: str, flags: dict[str, Any]) -> None:
     compare(flags, CASES[name], stock(name))
 

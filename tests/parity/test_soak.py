@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
-
 from tests.helpers import Broken, Net, Rows, Writer, assert_equal, predict, rows, running, trainer
 
 RUNS = 320
