@@ -89,7 +89,7 @@ quiet = pytest.mark.filterwarnings("ignore:.*runs? without", "ignore:.*static ca
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] if n in FAMILIARS else []) for n in ZOO])
 def test_a_model_equals_stock_with_one_graph_for_its_whole_step(name: str) -> None:
     counts, programs = run(ZOO[name], lazy=True)
-    assert (counts.captures, counts.replays, programs) == EXPECTED.get(name, ONE_GRAPH)
+    assert (counts.captures, counts.replays, programs) == EXPECTED.get(name, ONE_GRAPH), counts
 
 
 @quiet

@@ -160,9 +160,10 @@ class GraphStore:
             each.tensors, each.replacements = tensors, self._replacements.count
 
     def clear(self) -> None:
-        """Free all graphs."""
-        if self:
-            _habana.synchronize()  # The last replay may still be running.
+        """Free all graphs, of which none may be running.
+
+        The garbage collector may do so, in any thread and where the device is gone, so the device is asked nothing.
+        """
         self._captured.clear()
         self._known.clear()
 
