@@ -7,7 +7,7 @@ import re
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from operator import itemgetter
@@ -43,7 +43,9 @@ __all__ = [
     "guard_gaps",
     "is_static",
     "line_of",
+    "mentions",
     "must_run_plainly",
+    "number_as_text",
     "sizes_of",
     "storage_of",
     "tensor_description",
@@ -101,9 +103,9 @@ class _Callback:
         start = perf_counter()
         try:
             with dynamo_config.patch(**self._settings), warnings.catch_warnings():
-                # Advice about how to write code for torch.compile, which the user did not ask for.
-                warnings.filterwarnings("ignore", module=r"torch\._dynamo")
-                warnings.filterwarnings("ignore", message=".*(torch.compile|Dynamo)")
+                # Advice about how to write code for torch.compile, which nobody asked for. Where warnings are errors,
+                # one that is raised while Dynamo looks at an attribute would make it give up.
+                warnings.simplefilter("ignore")
                 return self._inner(frame, *args, **kwargs)
         except Exception as error:
             self._skipped.add(frame.f_code)
@@ -249,6 +251,16 @@ def sizes_of(tensor: Tensor) -> list[str | int]:
     """The sizes of a fake tensor: numbers, and the expressions of symbolic ones as text."""
     sizes: tuple[Any, ...] = tuple(tensor.shape)
     return [size if type(size) is int else str(size.node.expr) for size in sizes]
+
+
+def number_as_text(value: Any) -> str:
+    """A symbolic number's expression, or a plain number, as text."""
+    return str(value.node.expr) if hasattr(value, "node") else str(value)
+
+
+def mentions(size: str | int, symbols: Collection[str]) -> bool:
+    """Whether a size, as `sizes_of` gives it, is computed from a symbol."""
+    return isinstance(size, str) and not set(re.findall(r"\w+", size)).isdisjoint(symbols)
 
 
 def tensor_description(tensor: Tensor) -> tuple[Any, ...]:

@@ -63,6 +63,7 @@ class Programs(Callback):
         self.seen: list[int] = []
 
     def on_predict_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        torch.get_device_module("hpu").synchronize()
         self.seen.append(emulator.stats().programs)
 
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.graphs.compare import difference
 from lightning_hpu_infer.graphs.context import GraphContext
-from lightning_hpu_infer.graphs.padding import BatchDimension
+from lightning_hpu_infer.graphs.padding import Fit, Padding
 from lightning_hpu_infer.graphs.split import Split
 from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
 from lightning_hpu_infer.trace import Stage
@@ -70,7 +70,9 @@ class CapturedGraph:
         self._captured_in = -1
         self._misses, self._missed_in = 0, -1
         may_pad = context.config.pad_batch and not parts.written
-        self._batch = BatchDimension.of(parts.results, values, self._places, self._numbers) if may_pad else None
+        self._padding: Padding | None = None
+        if may_pad:
+            self._padding = Padding(parts.results, values, self._places, self._numbers)
         context.register(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -158,10 +160,13 @@ class CapturedGraph:
             return self._run_plainly(args, candidate.plain)
         candidate.seen += 1
         candidate.since = candidate.since or self._calls
-        if self._batch is not None and candidate.may_pad:
-            verified = (other for other, graph in found.graphs.items() if not graph.to_verify)
-            if (large := self._batch.smallest(key, verified)) is not None:
-                return self._padded(self._batch, found, key, large, args)
+        if self._padding is not None and candidate.may_pad:
+            fit = self._padding.fit(key, (other for other, graph in found.graphs.items() if not graph.to_verify))
+            if fit is not None and (reason := self._padding.unfit(fit)):
+                candidate.may_pad = False
+                self._context.cannot_pad(reason)
+            elif fit is not None:
+                return self._padded(self._padding, fit, found, candidate, args)
         reason = self._reason_to_wait(found, key, candidate) or self._make_room(found, candidate)
         return self._run_plainly(args, reason) if reason else self._capture(found, key, candidate, args)
 
@@ -208,17 +213,17 @@ class CapturedGraph:
         found.evict(key)
         self._context.counts.evictions += 1
 
-    def _padded(self, batch: BatchDimension, found: WeightsGraphs, key: Key, large: Key, args: Arguments) -> Any:
+    def _padded(self, padding: Padding, fit: Fit, found: WeightsGraphs, candidate: Candidate, args: Arguments) -> Any:
         """Run a short batch in a larger graph, compared with the plain ops the first time."""
-        graph, candidate = found.use(large, self._calls), found.candidate(key)
-        results = batch.cut(self._replay(graph, batch.pad(args, batch.rows_of(large))), batch.rows_of(key))
+        graph = found.use(fit.large, self._calls)
+        results = padding.cut(self._replay(graph, padding.pad(args, fit)), fit)
         self._context.counts.padded += 1
         if candidate.seen == 1:
             expected = list(self._captured(*args))
             self._context.counts.verified += 1
             if differs := difference(results, expected):
                 candidate.may_pad = False
-                self._context.cannot_pad(differs)
+                self._context.cannot_pad(f"rows added to a short batch change the others: {differs}")
             results = expected
         return self._finish(args, results)
 

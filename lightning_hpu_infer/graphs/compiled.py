@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.compare import difference
 from lightning_hpu_infer.graphs.context import GraphContext
-from lightning_hpu_infer.graphs.padding import BatchDimension
+from lightning_hpu_infer.graphs.padding import Fit, Padding
 from lightning_hpu_infer.graphs.split import Split
+from lightning_hpu_infer.graphs.store import Key
 from lightning_hpu_infer.trace import Stage
 
 # Shapes of one FX graph that are remembered.
@@ -44,7 +45,9 @@ class CompiledGraph:
         self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
         verify, may_pad = context.config.verify_graphs, context.config.pad_batch and not parts.written
         self._to_verify = 0 if parts.random or not verify else verify + 1
-        self._batch = BatchDimension.of(parts.outputs, values, self._places, self._numbers) if may_pad else None
+        self._padding: Padding | None = None
+        if may_pad and parts.outputs:
+            self._padding = Padding(parts.outputs, values, self._places, self._numbers)
         self._left: dict[Any, int] = {}
         """Per shape, the calls that are still to be compared."""
         self._padded: dict[Any, bool] = {}
@@ -63,9 +66,8 @@ class CompiledGraph:
         key = tuple(args[place] for place in self._numbers), descriptions, 0
         left = self._left.get(key)
         if left is None:
-            large = self._larger(key)
-            if large is not None:
-                return self._run_padded(key, large, args)
+            if self._padding is not None and (fit := self._fit(self._padding, key)) is not None:
+                return self._run_padded(self._padding, fit, key, args)
             self._context.counts.captures += 1
             left = self._to_verify
             if len(self._left) >= _MAX_KEYS:
@@ -75,26 +77,29 @@ class CompiledGraph:
             return self._run(args)
         return self._context.timed(Stage.CAPTURE, self._verified, args)
 
-    def _larger(self, key: Any) -> Any:
-        if self._batch is None or not self._padded.get(key, True):
+    def _fit(self, padding: Padding, key: Key) -> Fit | None:
+        if not self._padded.get(key, True):
             return None
-        return self._batch.smallest(key, (other for other, left in self._left.items() if not left))
+        fit = padding.fit(key, (other for other, left in self._left.items() if not left))
+        if fit is not None and (reason := padding.unfit(fit)):
+            self._padded[key] = False
+            self._context.cannot_pad(reason)
+            return None
+        return fit
 
-    def _run_padded(self, key: Any, large: Any, args: tuple[Any, ...]) -> Any:
+    def _run_padded(self, padding: Padding, fit: Fit, key: Key, args: tuple[Any, ...]) -> Any:
         """Run a short batch with the rows of a larger one, compared with the plain ops the first time."""
-        assert self._batch is not None
-        padded = self._run(self._batch.pad(args, self._batch.rows_of(large)))
-        results = self._batch.cut(padded, self._batch.rows_of(key))
+        results = padding.cut(self._run(padding.pad(args, fit)), fit)
         self._context.counts.padded += 1
-        if key not in self._padded:
-            expected = self._plain(*args)
-            self._context.counts.verified += 1
-            found = difference(results, expected)
-            self._padded[key] = not found
-            if found:
-                self._context.cannot_pad(found)
-            return expected
-        return tuple(results)
+        if key in self._padded:
+            return tuple(results)
+        expected = self._plain(*args)
+        self._context.counts.verified += 1
+        differs = difference(results, expected)
+        self._padded[key] = not differs
+        if differs:
+            self._context.cannot_pad(f"rows added to a short batch change the others: {differs}")
+        return expected
 
     def release(self) -> None:
         """Nothing is held between calls."""

@@ -105,12 +105,12 @@ class GraphContext:
             " other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur: `bucket_lengths`.",
         )
 
-    def cannot_pad(self, found: str) -> None:
-        """Say that rows of a batch depend on each other."""
+    def cannot_pad(self, reason: str) -> None:
+        """Say that a short batch does not fit into a larger graph."""
         self.warn(
             "padding",
-            f"`pad_batch` is not used for {self.name}: rows added to a short batch change the others ({found}). Short"
-            " batches get graphs of their own, or run plainly.",
+            f"`pad_batch` is not used for {self.name}: {reason}. Short batches get graphs of their own, or run"
+            " plainly.",
         )
 
     def partly(self, reason: str) -> None:

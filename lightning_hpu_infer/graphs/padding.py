@@ -1,132 +1,105 @@
-"""Which dimensions of a traced graph follow the number of rows of a batch."""
+"""Short batches in larger graphs: which sizes of a traced graph follow the number of rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
 
 from lightning_hpu_infer import _torch
+from lightning_hpu_infer.graphs.store import Key
 from lightning_hpu_infer.shapes import pad_rows
+
+Sizes = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class BatchDimension:
-    """The symbol that stands for the number of rows, and where it occurs.
+class Fit:
+    """How one shape fits into another."""
 
-    A *key* is what `CapturedGraph` keeps of the inputs: `(numbers, descriptions of tensors, values on the host)`.
+    large: Key
+    """What is kept of the inputs of the larger one."""
+    rows: int
+    """Its rows."""
+    fewer: int
+    """The rows of the smaller one."""
+    symbols: frozenset[str]
+    """The symbolic sizes that differ: the numbers of rows of all inputs, which are not always known to be equal."""
+
+
+class Padding:
+    """Pads the inputs of a traced graph to more rows, and cuts its results.
+
+    Args:
+        results: The fake tensors that the graph returns.
+        values: The fake values of its inputs.
+        places: Which of them are tensors that change from batch to batch, as a key describes them.
+        numbers: Which of them are numbers, as a key holds them.
     """
 
-    inputs: tuple[int, ...]
-    """The places, among the graph's inputs, of tensors whose first dimension it is."""
-    described: tuple[int, ...]
-    """The places of the same tensors in a key."""
-    counts: tuple[int, ...]
-    """The places, among the graph's inputs, of numbers that are its value."""
-    numbers: tuple[int, ...]
-    """The places of the same numbers in a key."""
-    outputs: tuple[tuple[int, ...], ...]
-    """Per result, the dimensions that it is."""
+    def __init__(
+        self, results: Sequence[Tensor], values: Sequence[Any], places: Sequence[int], numbers: Sequence[int]
+    ) -> None:
+        self._results: list[Sizes] = [tuple(_torch.sizes_of(result)) for result in results]
+        self._places = list(places)
+        self._inputs: list[Sizes] = [tuple(_torch.sizes_of(values[place])) for place in places]
+        self._numbers = list(numbers)
+        self._counts = [_torch.number_as_text(values[place]) for place in numbers]
 
-    @classmethod
-    def of(
-        cls, results: Sequence[Tensor], values: Sequence[Any], places: Sequence[int], numbers: Sequence[int]
-    ) -> "BatchDimension | None":
-        """Find it. None if there is none, or if anything but a size depends on it.
+    def fit(self, small: Key, keys: Iterable[Key]) -> Fit | None:
+        """The smallest of some shapes that another one differs from in having fewer rows and nothing else."""
+        fits = [found for large in keys if (found := self._fit(large, small)) is not None]
+        return min(fits, key=lambda found: found.rows) if fits else None
 
-        Args:
-            results: The fake tensors that the captured part returns.
-            values: The fake values of the graph's inputs.
-            places: Which of them are tensors that change from batch to batch.
-            numbers: Which of them are numbers.
-        """
-        first = {sizes[0] for i in places if (sizes := _torch.sizes_of(values[i])) and type(sizes[0]) is str}
-        candidates = (cls._with(str(symbol), results, values, places, numbers) for symbol in sorted(first, key=str))
-        return next((found for found in candidates if found is not None), None)
-
-    @classmethod
-    def _with(
-        cls,
-        symbol: str,
-        results: Sequence[Tensor],
-        values: Sequence[Any],
-        places: Sequence[int],
-        numbers: Sequence[int],
-    ) -> "BatchDimension | None":
-        inputs = []
-        for i in places:
-            first, *others = _torch.sizes_of(values[i]) or [1]
-            if any(_mentions(size, symbol) for size in others):
-                return None
-            if first == symbol:
-                inputs.append(i)
-        outputs = []
-        for value in results:
-            sizes = _torch.sizes_of(value)
-            dims = tuple(dim for dim, size in enumerate(sizes) if size == symbol)
-            if not dims or any(_mentions(size, symbol) and size != symbol for size in sizes):
-                return None
-            outputs.append(dims)
-        described = tuple(list(places).index(i) for i in inputs)
-        counted = tuple(place for place, i in enumerate(numbers) if _text(values[i]) == symbol)
-        counts = tuple(numbers[place] for place in counted)
-        return cls(tuple(inputs), described, counts, counted, tuple(outputs)) if inputs else None
-
-    def rows_of(self, key: Any) -> int:
-        """The number of rows of a shape."""
-        return int(key[1][self.described[0]][0][0])
-
-    def smallest(self, key: Any, keys: Iterable[Any]) -> Any:
-        """Of some shapes, the smallest that a batch of another shape fits in; None if none is."""
-        fitting = [(rows, other) for other in keys if (rows := self.larger_rows(other, key)) is not None]
-        return min(fitting, key=itemgetter(0))[1] if fitting else None
-
-    def larger_rows(self, large: Any, small: Any) -> int | None:
-        """The number of rows of one shape, if another differs from it in having fewer, and in nothing else."""
-        more, fewer = self.rows_of(large), self.rows_of(small)
-        if not 0 < fewer < more or large[2] != small[2]:
+    def _fit(self, large: Key, small: Key) -> Fit | None:
+        changes, symbols = set[tuple[int, int]](), set[str]()
+        if large[2] != small[2]:
             return None
-        for place, (one, other) in enumerate(zip(large[0], small[0], strict=True)):
-            if one != other and place not in self.numbers:
+        for sizes, one, other in zip(self._inputs, large[1], small[1], strict=True):
+            if one == other:
+                continue
+            (shape, *layout), (short, *short_layout) = one, other
+            if layout != short_layout or shape[1:] != short[1:] or type(sizes[0]) is not str:
                 return None
-        for place, (one, other) in enumerate(zip(large[1], small[1], strict=True)):
-            (shape, stride, dtype), (short, short_stride, short_dtype) = one, other
-            rows = (more, fewer) if place in self.described else (0, 0)
-            if (stride, dtype) != (short_stride, short_dtype) or shape[1:] != short[1:]:
+            changes.add((shape[0], short[0]))
+            symbols.add(sizes[0])
+        if len(changes) != 1:
+            return None
+        ((rows, fewer),) = changes
+        for symbol, one, other in zip(self._counts, large[0], small[0], strict=True):
+            if one != other and not (symbol in symbols and (one, other) == (rows, fewer)):
                 return None
-            if (shape[:1], short[:1]) != ((rows[0],), (rows[1],)) and shape != short:
-                return None
-        return more
+        return Fit(large, rows, fewer, frozenset(symbols)) if 0 < fewer < rows else None
 
-    def pad(self, args: Sequence[Any], rows: int) -> tuple[Any, ...]:
-        """The inputs with so many rows: the last row is repeated."""
+    def unfit(self, fit: Fit) -> str:
+        """Why results cannot be cut, in words; empty if they can."""
+        for sizes in self._results:
+            if not any(size in fit.symbols for size in sizes):
+                return f"a result of shape {[str(size) for size in sizes]} has no dimension of rows"
+            if any(size not in fit.symbols and _torch.mentions(size, fit.symbols) for size in sizes):
+                return f"a result of shape {[str(size) for size in sizes]} has a size that is computed from the rows"
+        inner = (size for sizes in self._inputs for size in sizes[1:])
+        if any(_torch.mentions(size, fit.symbols) for size in inner):
+            return "an input has the number of rows in another dimension too"
+        return ""
+
+    def pad(self, args: Sequence[Any], fit: Fit) -> tuple[Any, ...]:
+        """The inputs with the rows of the larger shape: the last row is repeated."""
         padded = list(args)
-        for place in self.inputs:
-            padded[place] = pad_rows(padded[place], rows)
-        for place in self.counts:
-            padded[place] = rows
+        for place, sizes in zip(self._places, self._inputs, strict=True):
+            if sizes and sizes[0] in fit.symbols:
+                padded[place] = pad_rows(padded[place], fit.rows)
+        for place, symbol in zip(self._numbers, self._counts, strict=True):
+            if symbol in fit.symbols:
+                padded[place] = fit.rows
         return tuple(padded)
 
-    def cut(self, results: Sequence[Tensor], rows: int) -> list[Tensor]:
-        """The results of the first rows."""
+    def cut(self, results: Sequence[Tensor], fit: Fit) -> list[Tensor]:
+        """The results of the smaller shape's rows."""
         cut = []
-        for result, dims in zip(results, self.outputs, strict=True):
-            for dim in dims:
-                result = result.narrow(dim, 0, rows)
+        for result, sizes in zip(results, self._results, strict=True):
+            for dim, size in enumerate(sizes):
+                if size in fit.symbols:
+                    result = result.narrow(dim, 0, fit.fewer)
             cut.append(result)
         return cut
-
-
-def _text(value: Any) -> str:
-    return str(value.node.expr) if hasattr(value, "node") else str(value)
-
-
-def _mentions(size: str | int, symbol: str) -> bool:
-    return type(size) is str and symbol in {word.strip("()") for word in _words(size)}
-
-
-def _words(text: str) -> list[str]:
-    for sign in "+-*/(),":
-        text = text.replace(sign, " ")
-    return text.split()

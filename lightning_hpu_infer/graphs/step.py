@@ -18,7 +18,7 @@ from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from lightning_hpu_infer.graphs.direct import DirectGraphs
 from lightning_hpu_infer.graphs.networks import CallSites, OutermostCalls, named_modules, repeated_blocks
-from lightning_hpu_infer.graphs.traced import TracedCall
+from lightning_hpu_infer.graphs.traced import NOTHING, TRACING_FAILED, TracedCall
 from lightning_hpu_infer.graphs.weights import KeptWeights
 from lightning_hpu_infer.trace import LaneTrace
 
@@ -229,13 +229,17 @@ class StepGraphs:
     def _use_networks(self, reason: str) -> None:
         """Run the step plainly from now on, and trace the networks that it calls by themselves."""
         self._modules = self._networks
+        if not self._networks and reason == NOTHING:
+            return  # There is nothing that could be faster.
         names = ", ".join(f"`{name}`" for name in self._networks)
         after = f"graphs are made of the networks that it calls: {names}" if names else "it calls no networks either"
-        remedy = f" If that fails too, name modules: `hpu_graphs='direct'`, `graph_modules={list(self._networks)}`."
+        remedy = ""
+        if reason.startswith(TRACING_FAILED) and self._kind == "hpu_graph":
+            remedy = f" If that fails too: `hpu_graphs='direct'` with `graph_modules={list(self._networks)}`."
         self._context.warn(
             "step",
             f"`predict_step` as a whole runs without a graph from now on: {reason}. It runs plainly, and {after}."
-            + (remedy if "tracing failed" in reason and self._kind == "hpu_graph" else ""),
+            + remedy,
         )
         self._attach(self._modules)
 

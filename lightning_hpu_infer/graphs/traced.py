@@ -28,6 +28,8 @@ _MAX_DEBT = 4.5
 # Calls without tracing that pay for one with.
 _CALLS_PER_TRACE = 16
 _NEW = "its shapes are new"
+NOTHING = "there is nothing in it that TorchDynamo can trace"
+TRACING_FAILED = "tracing failed"
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,6 +66,8 @@ class TracedCall:
         self._sizes: dict[Any, list[list[set[int]]]] = {}
         """Per kind of arguments: the sizes seen, by tensor and dimension."""
         self._variants: dict[Any, Callable[..., Any]] = {}
+        self._varying: dict[Any, list[tuple[int, int]]] = {}
+        """Per kind of arguments: the dimensions that Dynamo was told to vary, by tensor."""
         self._come_again = False
         """Whether shapes that were not traced came for the second time."""
         self._classes = _torch.ClassFunctions(())
@@ -97,7 +101,7 @@ class TracedCall:
         traces = self._context.counts.traces
         if self._come_again:
             # Dynamo may trace now.
-            with _torch.dynamic_dims(self._varying(args, kwargs)):
+            with _torch.dynamic_dims(self._dynamic_dims(args, kwargs)):
                 output = variant(function, args, kwargs)
         else:
             output = variant(function, args, kwargs)
@@ -163,23 +167,31 @@ class TracedCall:
             for other, step in self._shapes.items()
         )  # fmt: skip
 
-    def _varying(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
+    def _dynamic_dims(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
         """The dimensions that are known to vary, so that they need no trace of their own.
 
-        Where anything varies, token ids and masks are expected to vary in all dimensions.
+        Where anything varies, token ids and masks are expected to vary in all dimensions. Once something was said to
+        vary, nothing is added: Dynamo's guards compare it, and would trace anew for that alone.
         """
+        tensors = list(tensors_in((args, kwargs)))
+        found = self._varying.get(self._structure)
+        if not found:
+            found = self._varying[self._structure] = self._find_varying(tensors, args)
+        return [(tensors[place], dim) for place, dim in found if tensors[place].shape[dim] > 1]
+
+    def _find_varying(self, tensors: list[Tensor], args: tuple[Any, ...]) -> list[tuple[int, int]]:
         config, found = self._context.config, []
         known = self._sizes.get(self._structure, [])
         vary = any(len(sizes) > 1 for dims in known for sizes in dims)
-        for tensor, dims in zip(tensors_in((args, kwargs)), known, strict=False):
+        for place, (tensor, dims) in enumerate(zip(tensors, known, strict=False)):
             ids = vary and not tensor.is_floating_point()
-            found += [(tensor, dim) for dim, sizes in enumerate(dims) if ids or len(sizes) > 1]
+            found += [(place, dim) for dim, sizes in enumerate(dims) if ids or len(sizes) > 1]
             if config.pad_batch and dims:
-                found.append((tensor, 0))
+                found.append((place, 0))
         if isinstance(config.pad_spec, PadSpec) and args and not self._of_modules:
-            found += [(tensor, dim % tensor.dim()) for tensor, dim in config.pad_spec.lengths_in(args[0])]
-        distinct = {(id(tensor), dim): (tensor, dim) for tensor, dim in found}
-        return [(tensor, dim) for tensor, dim in distinct.values() if tensor.shape[dim] > 1]
+            places = {id(tensor): place for place, tensor in enumerate(tensors)}
+            found += [(places[id(t)], dim % t.dim()) for t, dim in config.pad_spec.lengths_in(args[0])]
+        return list(dict.fromkeys(found))
 
     # Tracing
 
@@ -226,13 +238,13 @@ class TracedCall:
         if self._failure is not None:
             error, self._failure = self._failure, None
             message = " ".join(str(error).split("\n\n")[0].split())[:300]
-            failure = f"tracing failed{_torch.line_of(error)} ({type(error).__name__}: {message})"
+            failure = f"{TRACING_FAILED}{_torch.line_of(error)} ({type(error).__name__}: {message})"
         if self._context.gives_up:
             self.given_up, self._context.gives_up = self._context.gives_up, ""
         elif self._debt > _MAX_DEBT:
             self.given_up = "it is traced anew in nearly every call, since it uses a Python value that changes"
         elif not self._with_graphs and (failure or self._without or not self._idle):
-            self.given_up = failure or self._without or "there is nothing in it that TorchDynamo can trace"
+            self.given_up = failure or self._without or NOTHING
         elif failure or self._without:
             self._context.fails(failure or self._without)
 
