@@ -240,14 +240,14 @@ def _check_graphs(facts: Facts) -> Iterator[Finding]:
     if not facts.lazy:
         yield Finding(
             Level.WARNING,
-            "The bridge is in eager mode: there are no HPU graphs, `hpu_graphs=True` compiles networks with"
-            " `torch.compile(backend='hpu_backend')`.",
+            "The bridge is in eager mode: there are no HPU graphs, `hpu_graphs=True` compiles the step with"
+            " `hpu_backend`.",
             "For HPU graphs set PT_HPU_LAZY_MODE=1 before Python starts",
         )
     elif cache != "1":
         yield Finding(
             Level.ERROR,
-            f"PT_HPUGRAPH_DISABLE_TENSOR_CACHE={cache} lets graphs overwrite your batches: `hpu_graphs=True` raises.",
+            f"PT_HPUGRAPH_DISABLE_TENSOR_CACHE={cache} would let graphs overwrite your batches: nothing is captured.",
             "Unset it, or pass `hpu_graphs=False`",
         )
     else:

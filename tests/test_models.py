@@ -1,7 +1,7 @@
-"""Models as users write them, through `trainer.predict` with graphs: equal to stock, with so many captures and programs.
+"""Models as users write them, with graphs: equal to stock, with so many captures and programs per batch.
 
-`tests/zoo.py` has the models. Per model there are eight batches of one shape: the first runs plainly, the second is traced
-and captured, the others are replays.
+`tests/zoo.py` has the models. Per model there are eight batches of one shape: the first runs plainly, the second is
+traced and captured, the others are replays.
 """
 
 from typing import Any

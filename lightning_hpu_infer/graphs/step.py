@@ -93,7 +93,11 @@ class StepGraphs:
                     " modules. Name modules, or leave it out.",
                 )
         self._planned = False
+        self._chosen = False
+        """Whether what is traced was chosen by the length of the run."""
         self._batches: float = inf
+        self._batches_before = 0
+        """Batches of earlier runs, which this one adds to."""
         self._networks: dict[str, list[nn.Module]] = {}
         # Graphs hold device memory, and Dynamo may hold graphs: free it without waiting for the garbage collector.
         self._release = weakref.finalize(self, self._context.release)
@@ -136,6 +140,11 @@ class StepGraphs:
             The step, to be called in its place.
         """
         context = self._context
+        self._batches_before = context.step
+        self._batches = inf
+        if self._chosen:
+            # Many short runs may pay together.
+            self._modules, self._planned, self._chosen = None, False, False
         context.begin(trace)
         if self._kept is not None:
             now = self._kept.restore(self._root)
@@ -207,10 +216,12 @@ class StepGraphs:
         """Trace the step, its blocks or nothing: what pays in the batches that the run has."""
         leaves = sum(1 for module in self._root.modules() if next(module.children(), None) is None)
         seconds = leaves * _SECONDS_PER_MODULE
-        if seconds <= _WORTH_A_THOUGHT or self._batches >= _BREAK_EVEN:
+        batches = self._batches + self._batches_before
+        if seconds <= _WORTH_A_THOUGHT or batches >= _BREAK_EVEN:
             return
+        self._chosen = True
         blocks = repeated_blocks(self._root)
-        if blocks and self._batches >= _BREAK_EVEN_BLOCKS:
+        if blocks and batches >= _BREAK_EVEN_BLOCKS:
             self._modules = blocks
             self._attach(blocks)
             rank_zero_info(
