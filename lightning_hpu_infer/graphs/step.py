@@ -164,8 +164,13 @@ class StepGraphs:
                 self._attach_direct()
             elif self._modules is not None:
                 self._attach(self._modules)
-            yield partial(self._run, step)
-            # Not after an error: what a graph read last may be half done.
+            try:
+                yield partial(self._run, step)
+            except BaseException:
+                # What a graph wrote last may be half done; and once the model has moved, no graph reads its weights.
+                self._settle()
+                context.release()
+                raise
             if self._kind == "hpu_graph" and any(graph.holds_graphs for graph in context.graphs()):
                 self._kept = KeptWeights(self._root)
 

@@ -163,8 +163,8 @@ def test_what_is_traced_follows_from_the_length_of_the_run(
     caplog.set_level(logging.INFO)
     model = Encodes(24)
     graphs = graphs_of(model, **flags)
-    graphs.expect(batches)
     with torch.inference_mode(), graphs.attached(model.forward) as step:
+        graphs.expect(batches)
         x = sizes(2)[0].to(HPU)
         results = [step(x, i).cpu() for i in range(3)]
         assert_equal(results, [model(x, 0).cpu()] * 3)
@@ -183,6 +183,21 @@ def test_a_short_run_of_a_large_model_in_a_trainer_is_not_traced(caplog: pytest.
     assert_equal(predict(HPUInferenceAccelerator(), Large(), rows(8, 2)), expected)
     assert "nothing is traced, since a run of 4 batches" in caplog.text
     assert emulator.stats().captures == 0
+
+
+def test_many_short_runs_of_a_trainer_are_traced_in_the_end() -> None:
+    model = Encodes(24)
+    graphs = graphs_of(model)
+    traces = []
+    for _ in range(3):
+        with torch.inference_mode(), graphs.attached(model.forward) as step:
+            graphs.expect(150)
+            x = sizes(2)[0].to(HPU)
+            for i in range(150):
+                step(x, i)
+        traces.append(graphs.counts.traces)
+    # Blocks of two kinds at first, the whole step when 400 batches are in sight.
+    assert traces == [2, 0, 1]
 
 
 # From run to run
@@ -251,6 +266,9 @@ def test_rule_10_graphs_of_a_run_that_failed_are_right_or_gone() -> None:
     ours = trainer(HPUInferenceAccelerator())
     with pytest.raises(Broken):
         ours.predict(module, rows(12, 2))
+    # On a device the model's parameters are the same objects in the next run, in other memory.
+    loop: Any = ours.predict_loop
+    assert not any(graph.holds_graphs for graph in loop._graphs._context.graphs())
     module.fault_at = -1
     load_others(module)
     assert_equal(ours.predict(module, rows(12, 2)), predict("cpu", copy.deepcopy(module), rows(12, 2)))
