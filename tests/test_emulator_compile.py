@@ -85,7 +85,8 @@ def test_models(eager: None, name: str, mode: Any, autocast: bool) -> None:
         emulator.reset_stats()
         with torch.autocast("hpu", dtype=torch.bfloat16, enabled=autocast):
             results = [compiled(**{key: value.to("hpu") for key, value in batch.items()}) for batch in batches]
-    atol, rtol = (0.1, 0.1) if autocast else (1e-5, 1e-4)
+    # bfloat16 has three digits, and kernels of the CPU differ from machine to machine.
+    atol, rtol = (0.2, 0.1) if autocast else (1e-5, 1e-4)
     for result, plain in zip(results, expected, strict=True):
         assert isinstance(result, torch.Tensor) or type(result) is type(plain)
         logits, right = (x if isinstance(x, torch.Tensor) else x.logits for x in (result, plain))
