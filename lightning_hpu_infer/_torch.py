@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import device_interface, eval_frame
-from torch._dynamo.types import ConvertFrameReturn
+from torch._dynamo import types as dynamo_types
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
@@ -116,8 +116,13 @@ class _Callback:
 
 
 def _skip() -> Any:
-    """What tells Dynamo to run a frame as it is, and to ask again next time: its code may be the user's."""
-    skipped = ConvertFrameReturn()
+    """What tells Dynamo to run a frame as it is, and to ask again next time: its code may be the user's.
+
+    Before torch 2.7 there is only None, which means never to ask again.
+    """
+    if not hasattr(dynamo_types, "ConvertFrameReturn"):
+        return None
+    skipped = dynamo_types.ConvertFrameReturn()
     skipped.apply_to_code = False
     return skipped
 
