@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_hpu_infer import _torch
+from lightning_hpu_infer.graphs.replacements import DataReplacements
 
 
 class Compiles:
@@ -218,7 +219,7 @@ def replacements() -> list[Callable[[Tensor], object]]:
 
 @pytest.mark.parametrize("replace", replacements())
 def test_rule_5_memory_given_to_a_tensor_is_noticed(replace: Callable[[Tensor], object]) -> None:
-    watcher, mine, other = _torch.DataReplacements(), torch.zeros(2), torch.zeros(2)
+    watcher, mine, other = DataReplacements(), torch.zeros(2), torch.zeros(2)
     with watcher.watched():
         assert not watcher.any_since(0, (mine, other))
         replace(mine)
@@ -229,7 +230,7 @@ def test_rule_5_memory_given_to_a_tensor_is_noticed(replace: Callable[[Tensor], 
 
 
 def test_rule_5_what_leaves_memory_alone_is_not_noticed() -> None:
-    watcher, x = _torch.DataReplacements(), torch.zeros(2)
+    watcher, x = DataReplacements(), torch.zeros(2)
     with watcher.watched():
         x.data.add_(1)
         x.copy_(torch.ones(2))
@@ -241,7 +242,7 @@ def test_rule_5_what_leaves_memory_alone_is_not_noticed() -> None:
 @pytest.mark.parametrize("first", [0, 1])
 def test_rule_11_watchers_that_end_in_any_order_leave_torch_as_it_was(first: int) -> None:
     before = torch.Tensor.data, torch.Tensor.set_, torch.utils.swap_tensors, set(vars(torch.Tensor))
-    stacks, watchers = [ExitStack(), ExitStack()], [_torch.DataReplacements(), _torch.DataReplacements()]
+    stacks, watchers = [ExitStack(), ExitStack()], [DataReplacements(), DataReplacements()]
     for stack, watcher in zip(stacks, watchers, strict=True):
         stack.enter_context(watcher.watched())
     for replace in replacements():

@@ -10,9 +10,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_hpu_infer import _habana, _torch
+from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
+from lightning_hpu_infer.graphs.replacements import DataReplacements
 from lightning_hpu_infer.trace import LaneTrace, untimed
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class GraphContext:
         self.device = device
         self.kind = kind
         self.counts = GraphCounts()
-        self.replacements = _torch.DataReplacements()
+        self.replacements = DataReplacements()
         self.name = "`predict_step`"
         """What messages call the function that runs."""
         self.step = 0

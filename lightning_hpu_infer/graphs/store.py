@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_hpu_infer import _habana, _torch
+from lightning_hpu_infer import _habana
+from lightning_hpu_infer.graphs.replacements import DataReplacements
 
 Key = tuple[Any, ...]
 """What tells calls apart: Python numbers, shapes, strides and dtypes of tensors, values on the host."""
@@ -105,7 +106,7 @@ class GraphStore:
         replacements: Knows which tensors were given other memory.
     """
 
-    def __init__(self, replacements: _torch.DataReplacements) -> None:
+    def __init__(self, replacements: DataReplacements) -> None:
         self._replacements = replacements
         self._captured: list[WeightsGraphs] = []
         self._known: dict[tuple[int, ...], WeightsGraphs] = {}

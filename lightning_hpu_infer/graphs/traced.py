@@ -64,7 +64,7 @@ class TracedCall:
         self._shapes: OrderedDict[Shapes, int] = OrderedDict()
         """The step in which each was first seen; -1 for those that have been traced."""
         self._sizes: dict[Any, list[list[set[int]]]] = {}
-        """Per kind of arguments: the sizes seen, by tensor and dimension."""
+        """Per kind of arguments: up to two sizes seen, by tensor and dimension."""
         self._variants: dict[Any, Callable[..., Any]] = {}
         self._varying: dict[Any, list[tuple[int, int]]] = {}
         """Per kind of arguments: the dimensions that Dynamo was told to vary, by tensor."""
@@ -152,7 +152,8 @@ class TracedCall:
         sizes = self._sizes.setdefault(self._structure, [[set() for _ in shape] for shape, _ in shapes])
         for dims, (shape, _) in zip(sizes, shapes, strict=True):
             for known, size in zip(dims, shape, strict=True):
-                known.add(size)
+                if len(known) < 2:
+                    known.add(size)
 
     def _may_be_padded(self, shapes: Shapes) -> bool:
         """Whether a larger batch was traced, of which this one has only fewer rows."""
