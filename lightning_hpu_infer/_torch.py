@@ -141,7 +141,14 @@ def compile_function(
         took: Likewise, called with the seconds that Dynamo spent on a frame, the backend's included.
     """
     backend = _weakly(backend)
-    context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)
+    try:
+        context: Any = torch._dynamo.optimize(backend=backend, dynamic=None)
+    except Exception as error:  # A Python that this torch cannot trace.
+        failed(error)
+        return function
+    if not hasattr(context, "callback"):
+        failed(RuntimeError("torch.compile is disabled in this process, see TORCH_COMPILE_DISABLE"))
+        return function
     # Kept there for `torch._dynamo.reset()` for as long as the process lives.
     eval_frame.cached_backends.pop(id(backend), None)
     context.callback = _Callback(context.callback, _weakly(failed), _weakly(took))

@@ -376,3 +376,9 @@ def test_rule_11_copies_made_in_a_run_carry_nothing_of_ours(flags: dict[str, Any
     x = torch.ones(2, 4)
     copied = vars(module)["copies"][0].cpu()
     assert_equal(copied(x), module.net(x))
+
+
+def test_where_torch_compile_is_disabled_everything_runs_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.warns(UserWarning, match="tracing failed .RuntimeError: torch.compile is disabled"):
+        assert run(Model(), sizes(*[2] * 6)).traces == 0
