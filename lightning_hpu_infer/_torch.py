@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _prims_common, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import device_interface, eval_frame
 from torch._dynamo import types as dynamo_types
@@ -40,6 +40,7 @@ __all__ = [
     "fake_value",
     "forget_compiled",
     "guard_gaps",
+    "is_dense",
     "is_static",
     "line_of",
     "mentions",
@@ -71,6 +72,10 @@ def _settings() -> dict[str, Any]:
         limits[1]: 4096,
         # By default a hook that is registered after the first call is not noticed.
         "skip_nnmodule_hook_guards": False,
+        # By default an `assert` on tensors becomes an op without a result, which nobody would see fail.
+        "rewrite_assert_with_torch_assert": False,
+        # By default NumPy is imitated with torch: other random numbers, other types, other order of ties.
+        "trace_numpy": False,
         # By default everything that calls an `nn.LSTM` runs plainly.
         "allow_rnn": True,
     }
@@ -256,6 +261,13 @@ def fake_value(node: Node) -> Any:
 def storage_of(tensor: Tensor) -> int:
     """What is equal for tensors that share memory, as long as both live. Works for fake tensors."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements lie side by side, none twice; a fake tensor's too."""
+    # Renamed in torch 2.9.
+    names = ("is_non_overlapping_and_dense_or_false", "is_non_overlapping_and_dense")
+    return bool(next(getattr(_prims_common, name) for name in names if hasattr(_prims_common, name))(tensor))
 
 
 def sizes_of(tensor: Tensor) -> list[str | int]:

@@ -20,6 +20,8 @@ Arguments = tuple[Any, ...]
 
 # Steps in a row with a Python number, or values on the host, that are new, after which these are taken for data.
 _MANY_NUMBERS = 4
+# Times that weights are given other memory, after which nothing is captured any more.
+_MANY_REPLACEMENTS = 3
 # Sets of values of host inputs that are remembered.
 _MAX_HOST_VALUES = 4
 
@@ -82,6 +84,8 @@ class CapturedGraph:
         self._calls += 1
         if self._carried is None:
             self._carry(args)
+        if self._carried and self._share_memory(args):
+            return self._run_plainly(args, "it writes to memory that several of its inputs may share")
         found, key = self._store.find(self._statics(args), self._calls), self._key(args)
         graph = found.graphs.get(key)
         if graph is None:
@@ -105,6 +109,14 @@ class CapturedGraph:
         return bool(self._store)
 
     # Identity
+
+    def _share_memory(self, args: Arguments) -> bool:
+        """Whether a copy of what is written may hide the write from another input."""
+        tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.device.type == _habana.DEVICE_TYPE]
+        if any(map(_habana.is_view, tensors)):
+            return True
+        addresses = [address for tensor in tensors if (address := tensor.data_ptr())]
+        return len(set(addresses)) < len(addresses)
 
     def _key(self, args: Arguments) -> Key:
         if not self._keyed:
@@ -155,6 +167,8 @@ class CapturedGraph:
 
     def _without(self, found: WeightsGraphs, key: Key, args: Arguments) -> Any:
         """Run what has no graph for its shape: in a larger one, captured, or plainly."""
+        if self._store.dropped >= _MANY_REPLACEMENTS:
+            return self._run_plainly(args, "its weights are given other memory again and again (`weight.data = x`)")
         candidate = found.candidate(key)
         if candidate.plain:
             return self._run_plainly(args, candidate.plain)
@@ -198,6 +212,10 @@ class CapturedGraph:
     def _make_room(self, found: WeightsGraphs, candidate: Candidate) -> str:
         """Drop a graph if there are too many; why none may be dropped, if so."""
         limit = self._context.config.max_graphs
+        if candidate.evicted and self._context.config.graph_memory is not None:
+            found.frozen = True
+            self._context.too_little_memory()
+            return "its graph was dropped for `graph_memory`"
         if len(found.graphs) < limit:
             return ""
         oldest = found.evictable(candidate, self._calls)
@@ -218,7 +236,8 @@ class CapturedGraph:
         graph = found.use(fit.large, self._calls)
         results = padding.cut(self._replay(graph, padding.pad(args, fit)), fit)
         self._context.counts.padded += 1
-        if candidate.seen == 1:
+        if not candidate.padded:
+            candidate.padded = True
             expected = list(self._captured(*args))
             self._context.counts.verified += 1
             if differs := difference(results, expected):
@@ -256,7 +275,8 @@ class CapturedGraph:
     def _carry(self, args: Arguments) -> None:
         """Find what is written and not the model's own: it may be another tensor in each call."""
         buffers = self._context.registered()
-        self._carried = [place for place in self._parts.written if id(args[place]) not in buffers]
+        own = {place for place in self._static_places if id(args[place]) in buffers}
+        self._carried = [place for place in self._parts.written if place not in own]
         self._places = [place for place in self._places if place not in self._carried]
         self._statics = _getter([place for place in self._static_places if place not in self._carried])
 

@@ -38,12 +38,12 @@ class CompiledGraph:
         self._compiled = compiled
         self._context = context
         self._where = _torch.users_line(module.graph.nodes)
-        self._written = parts.written
+        self._written = parts.changed
         nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
         values = [_torch.fake_value(node) for node in nodes]
         self._places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and not _torch.is_static(nodes[i])]
         self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor)]
-        verify, may_pad = context.config.verify_graphs, context.config.pad_batch and not parts.written
+        verify, may_pad = context.config.verify_graphs, context.config.pad_batch and not parts.changed
         self._to_verify = 0 if parts.random or not verify else verify + 1
         self._padding: Padding | None = None
         if may_pad and parts.outputs:

@@ -106,6 +106,14 @@ class GraphContext:
             " other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur: `bucket_lengths`.",
         )
 
+    def too_little_memory(self) -> None:
+        """Say that graphs that were dropped for their memory are not captured again."""
+        self.warn(
+            "memory",
+            "The graphs of all shapes take more than `graph_memory`: those that were dropped are not captured again."
+            " Raise it, or let fewer shapes occur: `bucket_lengths`.",
+        )
+
     def cannot_pad(self, reason: str) -> None:
         """Say that a short batch does not fit into a larger graph."""
         self.warn(

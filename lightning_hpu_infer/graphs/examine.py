@@ -43,6 +43,10 @@ class _Recorder(_torch.Dispatch):  # type: ignore[no-untyped-call]
         """Look at one op."""
         kwargs = kwargs or {}
         self.written.update(_written(func, args, kwargs))
+        if func._schema.name == "aten::set_":
+            # Nor may it be run twice for a comparison.
+            self.random, self.problem = True, f"it replaces the memory of a tensor ({func})"
+            return func(*args, **kwargs)
         if _is_random(func, args, kwargs):
             self.random = True
             self.problem = f"it draws random numbers ({func})"
@@ -115,7 +119,9 @@ class Examination(Interpreter):
         self.constant: set[Node] = set()
         """Nodes on the host that depend on literals and host inputs alone: the same whenever those are the same."""
         self.random = False
-        """Whether any op draws random numbers."""
+        """Whether any op draws random numbers, or must not be run twice for another reason."""
+        self._written: set[int] = set()
+        """The memory that was written so far."""
         self._device_type = device_type
         self._recorder = _Recorder()
         self._examine()
@@ -149,6 +155,7 @@ class Examination(Interpreter):
         value = super().run_node(n)
         self.order[n] = len(self.order)
         self.writes[n] = self._recorder.written
+        self._written |= self._recorder.written
         self.random |= self._recorder.random
         if any(name in getattr(n.target, "__name__", "") for name in _SWITCHES):
             self.switches.add(n)
@@ -187,7 +194,17 @@ class Examination(Interpreter):
             return False
         if node.op == "placeholder":
             return bool(sum(tensor.numel() * tensor.itemsize for tensor in tensors) <= _MAX_HOST_BYTES)
-        return all(given in self.constant for given in node.all_input_nodes)
+        memory = {_torch.storage_of(self.env[given]) for given in node.all_input_nodes if self._is_tensor(given)}
+        return memory.isdisjoint(self._written) and all(given in self.constant for given in node.all_input_nodes)
+
+    def _is_tensor(self, node: Node) -> bool:
+        return isinstance(self.env[node], Tensor)
+
+    def is_effect(self, node: Node) -> bool:
+        """Whether a node is there for what it does besides tensors, such as an assertion."""
+        called = node.op in ("call_function", "call_method", "call_module")
+        tensors = any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.env[node]))
+        return called and not (node.users or tensors or self.writes[node] or node in self.switches)
 
 
 def nodes_in(arguments: Any) -> Iterable[Node]:

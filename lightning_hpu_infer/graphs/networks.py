@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torchmetrics import Metric
 
+from lightning_hpu_infer import _torch
+
 
 def named_modules(root: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]]:
     """The modules that `graph_modules` names, each by itself.
@@ -118,8 +120,12 @@ class _Entry:
     def __init__(self, call: Callable[..., Any], module: nn.Module) -> None:
         self._call = call
         self._module = module
+        self._thread = threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            # Another thread's replay could overwrite results before they are copied.
+            return _torch.call_module(self._module, *args, **kwargs)
         return self._call(self._module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

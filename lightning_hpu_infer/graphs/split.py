@@ -38,7 +38,10 @@ class Split:
     """Places of host tensors whose values `captured` depends on."""
 
     random: bool
-    """Whether any op of the graph draws random numbers, so that it cannot be run twice for comparison."""
+    """Whether the graph must not be run twice for comparison, since it draws random numbers or the like."""
+
+    changed: tuple[int, ...] = ()
+    """Places of the inputs whose memory the whole graph writes to."""
 
     outputs: tuple[Tensor, ...] = ()
     """The fake tensors that the whole graph returns; empty if it returns anything else too."""
@@ -62,7 +65,8 @@ def split(module: GraphModule, device_type: str) -> Split:
         parts = _parts(graph)
     except _NotSplittable as reason:
         parts = _nothing(str(reason), random=graph.random)
-    return replace(parts, outputs=outputs)
+    written = {storage for storages in graph.writes.values() for storage in storages}
+    return replace(parts, outputs=outputs, changed=_places_of(graph, written))
 
 
 def _nothing(reason: str, *, random: bool) -> Split:
@@ -104,6 +108,8 @@ class _NotSplittable(Exception):
 def _parts(graph: Examination) -> Split:
     """Sort the nodes and build both parts."""
     reason = next((graph.plain[node] for node in graph.nodes if node in graph.plain and _is_used(node)), "")
+    if (effect := next(filter(graph.is_effect, graph.nodes), None)) is not None:
+        raise _NotSplittable(f"it has an op without a result ({effect.target}){_torch.users_line([effect])}")
     captured = [node for node in graph.nodes if graph.computes(node) and node not in graph.plain]
     plain = [node for node in graph.nodes if graph.computes(node) and node in graph.plain]
     if not captured or len(captured) < len(plain):
@@ -125,7 +131,7 @@ def _parts(graph: Examination) -> Split:
         results=tuple(graph.env[node] for node in exports),
         rest=rest,
         reason=reason,
-        written=tuple(place for place, node in enumerate(graph.placeholders) if _shows(graph, node, written)),
+        written=_places_of(graph, written),
         hosted=tuple(place for place, n in enumerate(graph.placeholders) if n in graph.constant and n in used),
         random=graph.random,
     )
@@ -135,9 +141,10 @@ def _is_used(node: Node) -> bool:
     return node.op != "placeholder" or bool(node.users)
 
 
-def _shows(graph: Examination, node: Node, storages: set[int]) -> bool:
-    value = graph.env[node]
-    return isinstance(value, Tensor) and _torch.storage_of(value) in storages
+def _places_of(graph: Examination, storages: set[int]) -> tuple[int, ...]:
+    """The inputs that show any of some memory."""
+    values = ((place, graph.env[node]) for place, node in enumerate(graph.placeholders))
+    return tuple(p for p, value in values if isinstance(value, Tensor) and _torch.storage_of(value) in storages)
 
 
 def _commute(graph: Examination) -> bool:
@@ -224,7 +231,9 @@ class _Needs:
             self._again(node)
             return
         storage = _torch.storage_of(value)
-        if storage not in self._inputs and (storage not in self._shared or of.base[storage] is node):
+        # A copy of a view that is not dense, or overlaps itself, would be another kind of tensor.
+        alone = storage not in self._shared and (node not in of.views or _torch.is_dense(value))
+        if storage not in self._inputs and (alone or of.base[storage] is node):
             self.exports.add(node)
         elif node in of.views:
             self._again(node)

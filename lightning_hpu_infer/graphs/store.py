@@ -45,6 +45,8 @@ class Candidate:
     plain: str = ""
     """Why it will never have a graph."""
     may_pad: bool = True
+    padded: bool = False
+    """Whether it was run in a larger graph before."""
 
 
 @dataclass(eq=False)
@@ -111,6 +113,8 @@ class GraphStore:
         self._captured: list[WeightsGraphs] = []
         self._known: dict[tuple[int, ...], WeightsGraphs] = {}
         """Those without a graph, by the `id`s of their tensors."""
+        self.dropped = 0
+        """How often graphs were dropped since a tensor of theirs was given other memory."""
 
     def __bool__(self) -> bool:
         return any(each.graphs for each in self._captured)
@@ -122,6 +126,7 @@ class GraphStore:
                 if each.replacements != self._replacements.count:
                     if self._replacements.any_since(each.replacements, each.tensors):
                         self._drop(each)
+                        self.dropped += 1
                         break
                     each.replacements = self._replacements.count
                 each.used = call

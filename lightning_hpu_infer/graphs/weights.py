@@ -52,11 +52,13 @@ class KeptWeights:
                 before, kept = self._kept.get(place, (None, None))
                 if before is None or kept is None or _layout(kept) != _layout(tensor) or tensor.is_inference():
                     continue
-                if id(before) not in filled:  # Shared weights are one tensor in several places.
+                if id(before) not in filled:
                     filled.add(id(before))
                     kept.copy_(tensor.detach())
+                    now[id(before)] = tensor
+                elif tensor is not now[id(before)] and not torch.equal(kept, tensor):
+                    continue  # It was shared with another one, and is no longer.
                 tensor.data = kept
-                now[id(before)] = tensor
         return now
 
 
