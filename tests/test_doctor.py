@@ -64,8 +64,8 @@ def test_an_emulated_device_is_called_emulated() -> None:
         ({"lightning": "2.7.0", "lightning_habana": None}, Level.ERROR, "Lightning 2.7.0 is not supported", LIGHTNING),
         ({"lightning": "of mine", "lightning_habana": None}, Level.ERROR, "of mine is not supported", LIGHTNING),
         ({"lightning": None}, Level.ERROR, "Lightning is not installed", LIGHTNING),
-        ({"torch": "2.1.0+hpu"}, Level.ERROR, "PyTorch 2.1.0+hpu is not supported", "torch>=2.4"),
-        ({"torch": "2.3.1a0+git4952fce"}, Level.ERROR, "PyTorch 2.3.1a0+git4952fce is not supported", "torch>=2.4"),
+        ({"torch": "2.1.0+hpu"}, Level.ERROR, "PyTorch 2.1.0+hpu is not supported", "torch>=2.6"),
+        ({"torch": "2.3.1a0+git4952fce"}, Level.ERROR, "PyTorch 2.3.1a0+git4952fce is not supported", "torch>=2.6"),
         ({"torch": "parrot"}, Level.ERROR, "PyTorch parrot is not supported", "Gaudi image"),
         ({"python": "3.8.0"}, Level.ERROR, "Python 3.8.0 is not supported", ">=3.10"),
         ({"lightning": "2.6.6"}, Level.WARNING, "cannot be imported beside Lightning 2.6.6", "lightning==2.5.5"),
@@ -85,7 +85,7 @@ def test_an_emulated_device_is_called_emulated() -> None:
             (
                 {"environment": {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": value}},
                 Level.ERROR,
-                f"={value} lets graphs overwrite your batches",
+                f"={value} would let graphs overwrite your batches",
                 "Unset it",
             )
             for value in ("0", "", "true", "01")
@@ -107,8 +107,8 @@ def test_what_does_not_work_together_comes_with_a_remedy(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"torch": "2.4.0a0+git74cd574"},  # of Habana's 1.18: an alpha by its name only
-        {"torch": "2.4.0"},
+        {"torch": "2.6.0a0+git74cd574"},  # of Habana's 1.18: an alpha by its name only
+        {"torch": "2.6.0"},
         {"torch": "3.0.0+hpu"},
         {"lightning": "2.4.0"},
         {"lightning": "2.6.6", "lightning_habana": None},
