@@ -67,9 +67,11 @@ def _settings() -> dict[str, Any]:
         else ("cache_size_limit", "accumulated_cache_size_limit")
     )
     settings: dict[str, Any] = {
-        # The front end stops long before; past its limit Dynamo would silently never compile a frame again.
-        limits[0]: 64,
-        limits[1]: 4096,
+        # Dynamo counts what it ever compiled for a code object, and past a limit silently runs that code as Python for
+        # good. After a graph break the code of `nn.Module.__call__` and of the user's classes is compiled by itself,
+        # once per model, so a process with many models would reach it. The front end stops on its own count.
+        limits[0]: 2**20,
+        limits[1]: 2**20,
         # By default a hook that is registered after the first call is not noticed.
         "skip_nnmodule_hook_guards": False,
         # By default an `assert` on tensors becomes an op without a result, which nobody would see fail.

@@ -73,14 +73,13 @@ class ReadsNumber(nn.Linear):
         return y * 2 if y.sum().item() > 0 else -y
 
 
-@pytest.mark.filterwarnings("ignore:.*runs? without")
 @pytest.mark.usefixtures("eager")
 def test_in_eager_mode_a_network_that_reads_the_device_is_compiled_around_it() -> None:
     module = Net()
     module.net = Reads(4, 3)  # type: ignore[assignment]
     ours = assert_like_stock(HPUInferenceAccelerator(), module, rows(24, 2))
     loop: Any = ours.predict_loop
-    assert loop._graphs.counts is not None
+    assert loop._graphs.counts.replays >= 11  # one batch of twelve runs plainly
 
 
 @pytest.mark.filterwarnings(

@@ -184,7 +184,6 @@ class PullsBatches(LightningModule):
         return self.net(batch.to(self.device))
 
 
-@pytest.mark.filterwarnings("ignore:.*as a whole runs without a graph")
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument", "ignore:You are using the `dataloader_iter`")
 def test_rule_1_a_step_that_pulls_its_batches_gets_the_stock_loop() -> None:
     assert_like_stock(HPUInferenceAccelerator(), PullsBatches(), rows(8, 2))

@@ -25,6 +25,10 @@ EXPECTED = {
     "mamba_score": (0, 0, 1),
     # A table of positions on the host, whose value is seen twice before it is taken for constant.
     "videomae_classify": (1, 5, 2),
+    # The batch sizes of a packed sequence are on the host, so that what uses them runs plainly behind the graph.
+    "packed_lstm": (1, 6, 3),
+    # The mask comes from the host.
+    "transformer": (1, 6, 3),
 }
 # The default run has one of each kind; `make full` has all.
 FAMILIARS = [
@@ -86,10 +90,7 @@ quiet = pytest.mark.filterwarnings("ignore:.*runs? without", "ignore:.*static ca
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] if n in FAMILIARS else []) for n in ZOO])
 def test_a_model_equals_stock_with_one_graph_for_its_whole_step(name: str) -> None:
     counts, programs = run(ZOO[name], lazy=True)
-    expected = EXPECTED.get(name, ONE_GRAPH)
-    assert (counts.captures, counts.replays) == expected[:2], counts
-    # Copies from the host may make a program of their own.
-    assert expected[2] - 1 <= programs <= expected[2] + 1
+    assert (counts.captures, counts.replays, programs) == EXPECTED.get(name, ONE_GRAPH), counts
 
 
 @quiet

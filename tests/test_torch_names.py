@@ -115,6 +115,23 @@ def test_what_was_compiled_can_be_freed() -> None:
     assert backend() is None
 
 
+def called(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Dynamo cannot trace into what reads the device, and compiles that by itself then."""
+    return function(x)
+
+
+def reads(x: Tensor) -> Tensor:
+    y = shifted(x)
+    return y + 1 if y.sum().item() > 0 else y
+
+
+def test_code_that_many_models_share_is_compiled_for_every_one_of_them() -> None:
+    kept = [Compiles() for _ in range(80)]
+    for compiles in kept:
+        assert compiles.compile(called)(reads, torch.ones(2)).tolist() == [4.0, 4.0]
+    assert [len(compiles.modules) > 0 for compiles in kept] == [True] * 80
+
+
 def test_dimensions_are_marked_for_one_call_only() -> None:
     compiles, tensors = Compiles(), [torch.ones(2, 3), torch.ones(4, 3), torch.ones(5, 3)]
     compiled = compiles.compile(shifted)
