@@ -35,8 +35,8 @@ from transformers import AutoTokenizer
 from benchmarks.common import BARE, console, in_turn, parser, quiet, write_json
 from examples.embed_sentences import SentenceEmbedder, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator
-from lightning_hpu_infer.grouping import grouped_order
-from lightning_hpu_infer.shapes import best_buckets, bucket_of
+from lightning_hpu_infer.lengths.optimal import best_buckets, bucket_of
+from lightning_hpu_infer.lengths.order import grouped_order
 
 BATCH = 32
 LONGEST = 256

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.common import BARE, DEVICES, OFF, console, finish, in_turn, parser, quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
-from lightning_hpu_infer.tracing import TracedRun
+from lightning_hpu_infer.observe.run import TracedRun
 
 WIDTH = 8
 FLAGS: dict[str, dict[str, Any]] = {

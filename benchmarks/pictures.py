@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.common import BARE, OFF, console, finish, parser, quiet
 from examples.embed_sentences import SentenceEmbedder, loader_of, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
-from lightning_hpu_infer.report import Report
+from lightning_hpu_infer.observe.report import Report
 
 STEPS: dict[str, dict[str, Any]] = {
     "1-stock-order": OFF,

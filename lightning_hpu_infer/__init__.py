@@ -6,8 +6,8 @@ from lightning_hpu_infer import accelerator as _accelerator
 from lightning_hpu_infer import strategies as _strategies
 from lightning_hpu_infer.accelerator import HPUInferenceAccelerator
 from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.lengths.pad import Pad, PadSpec
 from lightning_hpu_infer.pipeline import InferencePipeline
-from lightning_hpu_infer.shapes import Pad, PadSpec
 from lightning_hpu_infer.strategies import HPUInferenceDDPStrategy, HPUInferenceStrategy
 
 __version__ = "0.1.0"

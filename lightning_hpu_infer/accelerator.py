@@ -17,9 +17,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import graph_kind
+from lightning_hpu_infer.lengths.pad import PadSpec
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
-from lightning_hpu_infer.report import Report
-from lightning_hpu_infer.shapes import PadSpec
+from lightning_hpu_infer.observe.report import Report
 
 
 class HPUInferenceAccelerator(Accelerator):

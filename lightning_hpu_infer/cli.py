@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_hpu_infer import plots
-from lightning_hpu_infer.diagnose import diagnose
 from lightning_hpu_infer.doctor import examine, gather_facts
+from lightning_hpu_infer.observe import timeline as plots
+from lightning_hpu_infer.observe.profiler import diagnose
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130

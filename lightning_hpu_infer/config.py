@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
-from lightning_hpu_infer.shapes import PadSpec
+from lightning_hpu_infer.lengths.pad import PadSpec
 
 
 @dataclass(frozen=True, kw_only=True)

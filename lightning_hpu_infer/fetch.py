@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.trace import LaneTrace, Stage, untimed
+from lightning_hpu_infer.observe.spans import LaneTrace, Stage, untimed
 
 _HOST = torch.device("cpu")
 

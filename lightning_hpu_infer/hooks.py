@@ -18,7 +18,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_hpu_infer.trace import Stage, Trace
+from lightning_hpu_infer.observe.spans import Stage, Trace
 from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]

@@ -17,17 +17,17 @@ from torch.utils.data import DataLoader, default_convert
 from tqdm.auto import tqdm
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.buckets import Buckets, Lengths
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers, fetched
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, Hook, pulls_batches, step_of
+from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
+from lightning_hpu_infer.lengths.order import Reordered
+from lightning_hpu_infer.observe.report import Counters
+from lightning_hpu_infer.observe.run import TracedRun
+from lightning_hpu_infer.observe.spans import Stage, Trace
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.reorder import Reordered
-from lightning_hpu_infer.report import Counters
-from lightning_hpu_infer.trace import Stage, Trace
-from lightning_hpu_infer.tracing import TracedRun
 from lightning_hpu_infer.transfer import own, size_of, stage, tensors_of, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 

@@ -14,7 +14,7 @@ from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.padding import Fit, Padding
 from lightning_hpu_infer.graphs.split import Split
 from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
-from lightning_hpu_infer.trace import Stage
+from lightning_hpu_infer.observe.spans import Stage
 
 Arguments = tuple[Any, ...]
 

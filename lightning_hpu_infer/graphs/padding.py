@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.store import Key
-from lightning_hpu_infer.shapes import pad_rows
 
 Sizes = tuple[str | int, ...]
 
@@ -103,3 +103,18 @@ class Padding:
                     result = result.narrow(dim, 0, fit.fewer)
             cut.append(result)
         return cut
+
+
+def pad_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Fill a tensor up to `rows` in dimension 0 with copies of its last row.
+
+    Not with zeros: a row of zeros gives NaN where a network divides by its norm or by the sum of its mask.
+
+    Raises:
+        ValueError: If it has no row, or more than `rows`.
+    """
+    if not tensor.dim() or not 0 < len(tensor) <= rows:
+        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} cannot be filled up to {rows} rows.")
+    if len(tensor) == rows:
+        return tensor
+    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])

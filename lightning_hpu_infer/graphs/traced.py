@@ -15,7 +15,7 @@ from lightning_hpu_infer.graphs.capture import CapturedGraph
 from lightning_hpu_infer.graphs.compiled import CompiledGraph
 from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.split import split
-from lightning_hpu_infer.shapes import PadSpec
+from lightning_hpu_infer.lengths.pad import PadSpec
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 

@@ -13,15 +13,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_hpu_infer import chrome, cli
-from lightning_hpu_infer.analysis import analyse
+from lightning_hpu_infer import cli
 from lightning_hpu_infer.cli import main
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.diagnose import diagnose, from_profiler
-from lightning_hpu_infer.report import Report, Verdict
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observe.analyse import analyse
+from lightning_hpu_infer.observe.profiler import diagnose, from_profiler
+from lightning_hpu_infer.observe.report import Report, Verdict
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 from tests.helpers import Rows
-from tests.test_report import Times, pipelined
+from tests.observe.test_report import Times, pipelined
 
 SPANS = pipelined(10, Times({Stage.FETCH: 12, Stage.LAUNCH: 1, Stage.DEVICE: 4}))
 REPORT = analyse(SPANS, config=InferenceConfig(), measured_on="emulated HPU")

@@ -13,10 +13,10 @@ from operator import attrgetter
 from os import PathLike
 from typing import Any, NamedTuple
 
-from lightning_hpu_infer import chrome
-from lightning_hpu_infer.analysis import analyse
-from lightning_hpu_infer.report import Report
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observe.analyse import analyse
+from lightning_hpu_infer.observe.report import Report
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 
 class Diagnosed(NamedTuple):

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.shapes import PadSpec, best_buckets, bucket_of
+from lightning_hpu_infer.lengths.optimal import best_buckets, bucket_of
+from lightning_hpu_infer.lengths.pad import PadSpec
 
 # Batches to look at before "auto" chooses, where their lengths are not known beforehand.
 OBSERVED_BATCHES = 64

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.report import Report, Verdict
-from lightning_hpu_infer.trace import Lane, Stage
+from lightning_hpu_infer.observe.report import Report, Verdict
+from lightning_hpu_infer.observe.spans import Lane, Stage
 
 _MOST = 1024
 """Of `prefetch` and of `in_flight`."""

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 _PRODUCER = "lightning_hpu_infer"
 _HOST, _DEVICE = 1, 2

@@ -1,12 +1,86 @@
 """A dataloader whose batches are of like lengths, and its predictions in the order of the dataset."""
 
+from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from lightning_hpu_infer.grouping import GroupBy, Restorer, grouped_order, lengths_of
+from lightning_hpu_infer.lengths.restore import OFF, Restorer
+from lightning_hpu_infer.nested import parts_of
+
+GroupBy = str | Sequence[int] | Callable[[Any], int]
+"""How to tell a sample's length: a key of the sample, a function of the sample, or one length per sample."""
+
+
+def lengths_of(dataset: Any, indices: Sequence[int], group_by: GroupBy) -> list[int]:
+    """The lengths of samples.
+
+    A key or a function loads each sample once, in addition to its prediction. Lengths that are known are free.
+
+    Args:
+        dataset: A map-style dataset.
+        indices: The samples asked for.
+        group_by: A key, for `len(sample[key])`; a function of the sample; or the length of each sample of the dataset.
+
+    Returns:
+        One length for each of `indices`.
+
+    Raises:
+        TypeError: If the dataset is not map-style, or a length is not an integer.
+        ValueError: If a length is negative, there are not as many lengths as samples, or a sample lacks the key.
+    """
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"Samples can be grouped by length in a map-style dataset only, with `__getitem__` and `__len__`, and"
+            f" {type(dataset).__name__} is not one. Make it one, {OFF}."
+        )
+    if isinstance(group_by, str):
+        lengths: list[Any] = [_length_under(group_by, dataset[i], i) for i in indices]
+    elif callable(group_by):
+        lengths = [group_by(dataset[i]) for i in indices]
+    elif len(group_by) == len(dataset):
+        lengths = [group_by[i] for i in indices]
+    else:
+        raise ValueError(
+            f"`group_by_length` has {len(group_by)} lengths for a dataset of {len(dataset)} samples. Give one for each."
+        )
+    return [_checked(length, i) for length, i in zip(lengths, indices, strict=True)]
+
+
+def _length_under(key: str, sample: Any, at: int) -> int:
+    try:
+        return len(sample[key])
+    except (KeyError, IndexError, TypeError) as error:
+        names = ", ".join(map(repr, parts_of(sample) or {})) or f"none: it is of type {type(sample).__name__}"
+        raise ValueError(
+            f"Sample {at} has nothing with a length under {key!r}. It has {names}. Give `group_by_length`"
+            " another key, or a function of the sample."
+        ) from error
+
+
+def _checked(length: Any, at: int) -> int:
+    if isinstance(length, bool) or not hasattr(length, "__index__"):
+        raise TypeError(f"The length of sample {at} must be an integer, got {length!r}. Correct `group_by_length`.")
+    if index(length) < 0:
+        raise ValueError(f"The length of sample {at} must not be negative, got {length}. Correct `group_by_length`.")
+    return index(length)
+
+
+def grouped_order(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The indices, longest sample first, and in their given order where lengths are equal.
+
+    So the batches made of them are of like lengths, and the largest comes first: if memory does not suffice, the
+    first batch tells.
+
+    Args:
+        indices: Samples in stock order. An index that is there twice stays there twice.
+        lengths: One for each of `indices`.
+    """
+    by_length = sorted(range(len(indices)), key=lambda place: -lengths[place])
+    return [indices[place] for place in by_length]
 
 
 class Reordered:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lightning_hpu_infer.grouping import Restorer, grouped_order, lengths_of
+from lightning_hpu_infer.lengths.order import grouped_order, lengths_of
+from lightning_hpu_infer.lengths.restore import Restorer
 from tests.helpers import assert_equal
 
 # Lengths

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from rich.console import Console
 
-from lightning_hpu_infer import HPUInferenceAccelerator, chrome, trace, tracing
-from lightning_hpu_infer.advice import Setup
-from lightning_hpu_infer.analysis import analyse
+from lightning_hpu_infer import HPUInferenceAccelerator
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.gaps import device_gaps, timeline
-from lightning_hpu_infer.report import Cause, Counters, Report, Severity, Verdict
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observe import run as tracing
+from lightning_hpu_infer.observe import spans as trace
+from lightning_hpu_infer.observe.advice import Setup
+from lightning_hpu_infer.observe.analyse import analyse
+from lightning_hpu_infer.observe.gaps import device_gaps, timeline
+from lightning_hpu_infer.observe.report import Cause, Counters, Report, Severity, Verdict
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 from tests.helpers import Net, predict, rows
 

@@ -18,7 +18,9 @@ from torch.nn.functional import pad as torch_pad
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
-from lightning_hpu_infer.shapes import Pad, PadSpec, best_buckets, bucket_of, pad_rows, padding_waste
+from lightning_hpu_infer.graphs.padding import pad_rows
+from lightning_hpu_infer.lengths.optimal import best_buckets, bucket_of, padding_waste
+from lightning_hpu_infer.lengths.pad import Pad, PadSpec
 from tests.helpers import assert_equal
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=14)

@@ -7,8 +7,8 @@ from itertools import chain
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from lightning_hpu_infer.gaps import Piece, device_gaps
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe.gaps import Piece, device_gaps
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, Pad, PadSpec, emulator
-from lightning_hpu_infer.buckets import OBSERVED_BATCHES, Buckets
-from lightning_hpu_infer.shapes import best_buckets
+from lightning_hpu_infer.lengths.buckets import OBSERVED_BATCHES, Buckets
+from lightning_hpu_infer.lengths.optimal import best_buckets
 from tests.helpers import Net, Writer, assert_equal, predict, trainer
 
 LENGTHS = [5, 9, 3, 16, 12, 8, 2, 7, 11, 15, 4, 6]

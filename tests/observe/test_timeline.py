@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hpu_infer import plots
-from lightning_hpu_infer.analysis import analyse
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.trace import Lane, Span, Stage
-from tests.test_report import Times, pipelined, stock
+from lightning_hpu_infer.observe import timeline as plots
+from lightning_hpu_infer.observe.analyse import analyse
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from tests.observe.test_report import Times, pipelined, stock
 
 TIMES = Times(
     {

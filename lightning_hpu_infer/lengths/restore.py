@@ -1,88 +1,17 @@
-"""Batches of like lengths, and their outputs back in the dataset's order."""
+"""Outputs of batches that ran in any order, back in the batches of stock Lightning."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 
-from lightning_hpu_infer.shapes import parts_of, with_parts
+from lightning_hpu_infer.nested import parts_of, with_parts
 
-GroupBy = str | Sequence[int] | Callable[[Any], int]
-"""How to tell a sample's length: a key of the sample, a function of the sample, or one length per sample."""
-
-_OFF = "or pass `group_by_length=None`"
-
-
-def lengths_of(dataset: Any, indices: Sequence[int], group_by: GroupBy) -> list[int]:
-    """The lengths of samples.
-
-    A key or a function loads each sample once, in addition to its prediction. Lengths that are known are free.
-
-    Args:
-        dataset: A map-style dataset.
-        indices: The samples asked for.
-        group_by: A key, for `len(sample[key])`; a function of the sample; or the length of each sample of the dataset.
-
-    Returns:
-        One length for each of `indices`.
-
-    Raises:
-        TypeError: If the dataset is not map-style, or a length is not an integer.
-        ValueError: If a length is negative, there are not as many lengths as samples, or a sample lacks the key.
-    """
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise TypeError(
-            f"Samples can be grouped by length in a map-style dataset only, with `__getitem__` and `__len__`, and"
-            f" {type(dataset).__name__} is not one. Make it one, {_OFF}."
-        )
-    if isinstance(group_by, str):
-        lengths: list[Any] = [_length_under(group_by, dataset[i], i) for i in indices]
-    elif callable(group_by):
-        lengths = [group_by(dataset[i]) for i in indices]
-    elif len(group_by) == len(dataset):
-        lengths = [group_by[i] for i in indices]
-    else:
-        raise ValueError(
-            f"`group_by_length` has {len(group_by)} lengths for a dataset of {len(dataset)} samples. Give one for each."
-        )
-    return [_checked(length, i) for length, i in zip(lengths, indices, strict=True)]
-
-
-def _length_under(key: str, sample: Any, at: int) -> int:
-    try:
-        return len(sample[key])
-    except (KeyError, IndexError, TypeError) as error:
-        names = ", ".join(map(repr, parts_of(sample) or {})) or f"none: it is of type {type(sample).__name__}"
-        raise ValueError(
-            f"Sample {at} has nothing with a length under {key!r}. It has {names}. Give `group_by_length`"
-            " another key, or a function of the sample."
-        ) from error
-
-
-def _checked(length: Any, at: int) -> int:
-    if isinstance(length, bool) or not hasattr(length, "__index__"):
-        raise TypeError(f"The length of sample {at} must be an integer, got {length!r}. Correct `group_by_length`.")
-    if index(length) < 0:
-        raise ValueError(f"The length of sample {at} must not be negative, got {length}. Correct `group_by_length`.")
-    return index(length)
-
-
-def grouped_order(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The indices, longest sample first, and in their given order where lengths are equal.
-
-    So the batches made of them are of like lengths, and the largest comes first: if memory does not suffice, the
-    first batch tells.
-
-    Args:
-        indices: Samples in stock order. An index that is there twice stays there twice.
-        lengths: One for each of `indices`.
-    """
-    by_length = sorted(range(len(indices)), key=lambda place: -lengths[place])
-    return [indices[place] for place in by_length]
+OFF = "or pass `group_by_length=None`"
+"""The way out that messages name."""
 
 
 class _Tensors(NamedTuple):
@@ -223,7 +152,7 @@ class Restorer:
             raise ValueError(
                 f"{_at(path)} has rows of shape {now.shape}, and had rows of shape {kind.shape} in the first batch, so"
                 " they cannot be put into one batch again. Return a list of one tensor per sample, each cut to its own"
-                f" length; pad all batches to one length; {_OFF}."
+                f" length; pad all batches to one length; {OFF}."
             )
         if now != kind and not _same_names(now, kind):
             raise ValueError(f"{_at(path)} is {now}, and was {kind} in the first batch. Return the same each time.")
@@ -271,7 +200,7 @@ def _kind(data: Any, count: int, path: _Path, *, as_samples: bool) -> _Kind:
         return _Collection(type(data), tuple(parts))
     raise ValueError(
         f"{_at(path)} is {_shown(data)}, which does not tell what belongs to which of the {count} samples of its batch."
-        f" Return a tensor with one row per sample, or a list with one element per sample, {_OFF}."
+        f" Return a tensor with one row per sample, or a list with one element per sample, {OFF}."
     )
 
 
@@ -291,7 +220,7 @@ def _is_per_sample(data: list[Any], count: int, path: _Path) -> bool:
         raise ValueError(
             f"{_at(path)} is a list of {count} elements for a batch of {count} samples: one element per sample, or"
             " several outputs of the whole batch? Return several outputs as a tuple or dict; if they are samples, use"
-            f" another batch size, {_OFF}."
+            f" another batch size, {OFF}."
         )
     return True
 

@@ -10,12 +10,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_hpu_infer import _habana, chrome
-from lightning_hpu_infer.advice import Setup
-from lightning_hpu_infer.analysis import analyse
+from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.report import Counters, Report
-from lightning_hpu_infer.trace import Lane, Span, Stage, Trace
+from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observe.advice import Setup
+from lightning_hpu_infer.observe.analyse import analyse
+from lightning_hpu_infer.observe.report import Counters, Report
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage, Trace
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
@@ -86,7 +87,7 @@ class TracedRun:
         if find_spec("matplotlib") is None:
             rank_zero_warn("There is no timeline picture without matplotlib: pip install lightning-hpu-infer[plots]")
         else:
-            from lightning_hpu_infer import plots
+            from lightning_hpu_infer.observe import timeline as plots
 
             for suffix in ("png", "svg"):
                 plots.timeline(self.spans, folder / f"timeline.{suffix}", title=report.summary)

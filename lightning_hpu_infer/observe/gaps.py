@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
 
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 Piece = tuple[float, float, Stage | None]
 """Start and end in seconds, and what it was spent on; None is host work outside of all stages."""

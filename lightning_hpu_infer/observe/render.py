@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lightning_hpu_infer.report import Report, Severity
+from lightning_hpu_infer.observe.report import Report, Severity
 
 _WORTH_PRINTING = 0.005
 # Reasons for calls without a graph that are shown.

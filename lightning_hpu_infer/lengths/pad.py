@@ -1,104 +1,13 @@
-"""Shapes of host batches: which lengths to pad to, and the padding itself. Pure functions and frozen values."""
+"""What of a batch is padded to a length, and which outputs are cut back. Frozen values, for host tensors."""
 
-import copy
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from operator import index
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-
-def best_buckets(lengths: Iterable[int], count: int, multiple: int = 1) -> list[int]:
-    """The bucket lengths that pad the given lengths least: exact, not a heuristic.
-
-    What a bucket costs is its upper end times what it holds, so the best buckets end at lengths that occur. Their
-    choice is a shortest path over the distinct lengths, in `O(count * distinct)`.
-
-    For batches that are padded to their longest sample, give the lengths of batches, not of samples.
-
-    Args:
-        lengths: Lengths to be expected, each as often as it is expected. All positive.
-        count: Buckets at most, and so graphs.
-        multiple: Every bucket is a multiple of this.
-
-    Returns:
-        At most `count` ascending lengths, the last of which holds the longest of `lengths`.
-
-    Raises:
-        ValueError: If there are no lengths, or any number is not positive.
-    """
-    if count < 1 or multiple < 1:
-        raise ValueError(f"`count` and `multiple` must be positive, got {count} and {multiple}.")
-    seen = Counter(index(length) for length in lengths)
-    if not seen or min(seen) < 1:
-        raise ValueError(f"`lengths` must be positive, and at least one, got {min(seen) if seen else 'none'}.")
-    aligned: Counter[int] = Counter()
-    for length, times in seen.items():
-        aligned[-(-length // multiple) * multiple] += times
-    ends = sorted(aligned)
-    holding = [0]  # what lies below each possible end
-    for end in ends:
-        holding.append(holding[-1] + aligned[end])
-    costs = [0] + [end * held for end, held in zip(ends, holding[1:], strict=True)]
-    steps: list[list[int]] = []
-    for _ in range(1, min(count, len(ends))):
-        costs, starts = _one_more(ends, holding, costs)
-        steps.append(starts)
-    buckets, stop = [], len(ends)
-    while stop:
-        buckets.append(ends[stop - 1])
-        stop = steps.pop()[stop] if steps else 0
-    return buckets[::-1]
-
-
-def _one_more(ends: list[int], holding: list[int], costs: list[int]) -> tuple[list[int], list[int]]:
-    """Costs of the first `stop` lengths with one more bucket, and where that bucket starts, for every `stop`.
-
-    It is `min(costs[start] + ends[stop - 1] * (holding[stop] - holding[start]))` over `start < stop`: the lowest, at a
-    growing `end`, of lines that fall ever more steeply. So a line that was passed never comes back.
-    """
-    lines: deque[int] = deque()
-    best, starts = [0], [0]
-    for stop, end in enumerate(ends, 1):
-        new = stop - 1
-        while len(lines) > 1 and _never_lowest(lines[-2], lines[-1], new, holding, costs):
-            lines.pop()
-        lines.append(new)
-        while len(lines) > 1 and costs[lines[1]] - end * holding[lines[1]] <= costs[lines[0]] - end * holding[lines[0]]:
-            lines.popleft()
-        best.append(costs[lines[0]] + end * (holding[stop] - holding[lines[0]]))
-        starts.append(lines[0])
-    return best, starts
-
-
-def _never_lowest(left: int, middle: int, right: int, slope: list[int], height: list[int]) -> bool:
-    """Whether `right` passes below `left` before `middle` does."""
-    return (height[right] - height[left]) * (slope[middle] - slope[left]) <= (height[middle] - height[left]) * (
-        slope[right] - slope[left]
-    )
-
-
-def bucket_of(length: int, buckets: Sequence[int]) -> int | None:
-    """The smallest of ascending `buckets` that holds `length`, or None if none does."""
-    place = bisect_left(buckets, length)
-    return buckets[place] if place < len(buckets) else None
-
-
-def padding_waste(lengths: Iterable[int], buckets: Sequence[int]) -> tuple[int, int]:
-    """Totals with and without padding. Lengths above the largest bucket stay as they are.
-
-    Returns:
-        `(padded, real)`: the sum of the buckets of the lengths, and the sum of the lengths.
-    """
-    padded = real = 0
-    for length in lengths:
-        padded += bucket_of(length, buckets) or length
-        real += length
-    return padded, real
+from lightning_hpu_infer.nested import parts_of, with_parts
 
 
 @dataclass(frozen=True)
@@ -236,52 +145,6 @@ class PadSpec:
                 raise ValueError(
                     f"The batch has no tensor {_shown(name)}{found}, which `PadSpec` names. It has {_names_in(batch)}."
                 )
-
-
-def pad_rows(tensor: Tensor, rows: int) -> Tensor:
-    """Fill a tensor up to `rows` in dimension 0 with copies of its last row.
-
-    Not with zeros: a row of zeros gives NaN where a network divides by its norm or by the sum of its mask.
-
-    Raises:
-        ValueError: If it has no row, or more than `rows`.
-    """
-    if not tensor.dim() or not 0 < len(tensor) <= rows:
-        raise ValueError(f"A tensor of shape {tuple(tensor.shape)} cannot be filled up to {rows} rows.")
-    if len(tensor) == rows:
-        return tensor
-    return torch.cat([tensor, tensor[-1:].expand(rows - len(tensor), *tensor.shape[1:])])
-
-
-def parts_of(data: Any) -> dict[Any, Any] | None:
-    """What a collection holds, by key, field or index. None for anything else."""
-    if isinstance(data, Mapping):
-        return dict(data)
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return dict(zip(data._fields, data, strict=True))
-    if isinstance(data, list | tuple):
-        return dict(enumerate(data))
-    if is_dataclass(data) and not isinstance(data, type):
-        return {f.name: getattr(data, f.name) for f in fields(data)}
-    return None
-
-
-def with_parts(data: Any, parts: dict[Any, Any]) -> Any:
-    """A collection of the same type that holds other parts under the same names."""
-    if isinstance(data, tuple) and hasattr(data, "_make"):
-        return data._make(parts.values())
-    if isinstance(data, list | tuple):
-        return type(data)(parts.values())
-    if isinstance(data, Mapping) and not isinstance(data, MutableMapping):
-        return type(data)(parts)  # type: ignore[call-arg]
-    # A copy keeps what is no part: the encodings of a `BatchEncoding`, a default factory.
-    data = copy.copy(data)
-    for name, part in parts.items():
-        if isinstance(data, MutableMapping):
-            data[name] = part
-        else:
-            object.__setattr__(data, name, part)  # the dataclass may be frozen
-    return data
 
 
 def _path(name: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from lightning_hpu_infer.trace import Lane, Stage
+from lightning_hpu_infer.observe.spans import Lane, Stage
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -256,7 +256,7 @@ class Report:
         )
 
     def __rich__(self) -> "RenderableType":
-        from lightning_hpu_infer.render import render
+        from lightning_hpu_infer.observe.render import render
 
         return render(self)
 

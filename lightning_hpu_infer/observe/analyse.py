@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_hpu_infer.advice import Setup, advise
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.gaps import Piece, device_gaps, lanes_of, programs_of, timeline, work_of
-from lightning_hpu_infer.report import (
+from lightning_hpu_infer.observe.advice import Setup, advise
+from lightning_hpu_infer.observe.gaps import Piece, device_gaps, lanes_of, programs_of, timeline, work_of
+from lightning_hpu_infer.observe.report import (
     Cause,
     CopyTime,
     Counters,
@@ -18,7 +18,7 @@ from lightning_hpu_infer.report import (
     Verdict,
     share_of,
 )
-from lightning_hpu_infer.trace import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}
 """Shares of the device's time from which a cause is moderate, and high: those of TensorFlow's profiler."""

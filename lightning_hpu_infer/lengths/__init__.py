@@ -1,0 +1,1 @@
+"""Batches of many lengths: padded to few, or put in order of length, and nobody can tell."""

@@ -1,0 +1,1 @@
+"""What a run spent its time on: recorded, judged, and shown."""
