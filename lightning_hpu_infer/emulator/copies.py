@@ -9,9 +9,10 @@ import torch
 from torch._ops import OpOverload
 
 from lightning_hpu_infer.emulator import pinned
-from lightning_hpu_infer.emulator.engine import Task, sleep_until
+from lightning_hpu_infer.emulator.engine import sleep_until
 from lightning_hpu_infer.emulator.runtime import Runtime
 from lightning_hpu_infer.emulator.storage import Spec, poison
+from lightning_hpu_infer.emulator.task import Task
 from lightning_hpu_infer.emulator.tensor import HANDLERS, HpuTensor, allocate, dispatch, run
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ def host_to_device(rt: Runtime, dst: HpuTensor, src: torch.Tensor, *, non_blocki
         if rt.config.h2d_gbps:
             sleep_until(start + nbytes / rt.config.h2d_gbps * 1e-9)
 
-    task = rt.engine("h2d").submit(Task(work, [storage], kind="copy", nbytes=nbytes), (), [storage])
+    task = rt.engine("h2d").submit(Task(work, kind="copy", nbytes=nbytes), (), [storage])
     rt.counters.add("h2d_copies")
     rt.counters.add("h2d_bytes", nbytes)
     rt.counters.add("h2d_pinned", is_pinned)

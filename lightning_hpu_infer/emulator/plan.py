@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from lightning_hpu_infer.emulator.storage import Spec
+from lightning_hpu_infer.emulator.storage import Spec, poison
 
 aten = torch.ops.aten
 
@@ -204,8 +204,6 @@ def make_plan(
 
 def empty_plan(spec: Spec) -> Plan:
     """Plan the allocation of memory inside a program: contents undefined."""
-    from lightning_hpu_infer.emulator.storage import poison
-
     plan = Plan(lambda: poison(spec.empty(), loud=False), (), {}, (), ())
     plan.outputs, plan.new, plan.computes = [spec], ((0, spec),), False
     return plan

@@ -275,7 +275,3 @@ def _pin_memory(tensor: torch.Tensor, device: torch.device | None = None) -> tor
         raise RuntimeError(f"while the HPU emulator is installed memory can be pinned for 'hpu' only, not for {device}")
     runtime.current()
     return pinned.pin(tensor)
-
-
-def _pin_memory_once(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    return tensor if _is_pinned(tensor, device) else _pin_memory(tensor, device)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from lightning_hpu_infer.emulator.config import Counters, EmulatorConfig
-from lightning_hpu_infer.emulator.engine import Engine, Task, sleep_until
+from lightning_hpu_infer.emulator.engine import Engine, sleep_until
 from lightning_hpu_infer.emulator.plan import Plan
 from lightning_hpu_infer.emulator.program import LazyQueue, Program
 from lightning_hpu_infer.emulator.storage import Cell, Memory, Storage
+from lightning_hpu_infer.emulator.task import Task
 from lightning_hpu_infer.emulator.timeline import Timeline
 
 Listener = Callable[[str, float], None]
@@ -169,10 +170,12 @@ class Runtime:
             time.sleep(self.config.launch_us * 1e-6)
         if not single:
             self._compile(program)
-        reads = [env[register] for register in program.inputs]
-        writes = [env[register] for register in (*program.outputs, *program.mutated) if env[register] is not None]
-        task = Task(lambda: self._run(program, env, single), writes, kind="compute")  # type: ignore[arg-type]
-        return self.engine("compute").submit(task, reads, writes)  # type: ignore[arg-type]
+        # An input is always there; an output is not if nobody wants it any more.
+        reads = [storage for register in program.inputs if (storage := env[register]) is not None]
+        written = (*program.outputs, *program.mutated)
+        writes = [storage for register in written if (storage := env[register]) is not None]
+        task = Task(lambda: self._run(program, env, single), kind="compute")
+        return self.engine("compute").submit(task, reads, writes)
 
     def _cached(self, program: Program) -> Program:
         known = self.programs.get(program.key)

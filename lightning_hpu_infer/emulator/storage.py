@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from lightning_hpu_infer.emulator.engine import Engine, Task
+from lightning_hpu_infer.emulator.task import Task
 
 _WIDE = frozenset({torch.int64, torch.float64})
 _specs: dict[tuple[object, ...], Spec] = {}
@@ -105,7 +103,7 @@ class Memory:
 class Storage:
     """Device memory, seen as a future: `value` is filled by the device thread that runs `writer`.
 
-    Tasks on other queues order themselves by `writer` and `readers` (the last reading task of each queue).
+    Tasks on other queues order themselves by `writer` and `readers` (the last reading task of each queue, by its name).
     """
 
     __slots__ = (
@@ -127,7 +125,7 @@ class Storage:
         self.value: torch.Tensor | None = None
         self.error: BaseException | None = None
         self.writer: Task | None = None
-        self.readers: dict[Engine, Task] = {}
+        self.readers: dict[str, Task] = {}
         self.cell_ref: weakref.ref[Cell] | None = None
         self.virgin = virgin
         """Allocated and not written yet: its first use in a program allocates it there."""

@@ -6,7 +6,8 @@ import itertools
 import time
 
 from lightning_hpu_infer.emulator import runtime
-from lightning_hpu_infer.emulator.engine import Engine, Task
+from lightning_hpu_infer.emulator.engine import Engine
+from lightning_hpu_infer.emulator.task import Task
 
 MAX_STREAMS = 32
 """Beyond this many streams the queues are shared in turn (bridge: device.cpp:664-669)."""

@@ -11,10 +11,10 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 from lightning_hpu_infer.emulator import runtime
-from lightning_hpu_infer.emulator.engine import Task
 from lightning_hpu_infer.emulator.plan import NeedsValues, Plan, Slot, make_plan
 from lightning_hpu_infer.emulator.runtime import Runtime
 from lightning_hpu_infer.emulator.storage import Cell, Spec, Storage
+from lightning_hpu_infer.emulator.task import Task
 
 aten = torch.ops.aten
 Handler = Callable[[Runtime, OpOverload, tuple[Any, ...], dict[str, Any]], Any]
@@ -295,7 +295,7 @@ def _on_values(
         inputs = [s.read() if view is None else view.view(s.read()) for s, view in zip(storages, views, strict=True)]
         results.append((plan.call(inputs), inputs))
 
-    rt.wait(rt.engine("compute").submit(Task(work, writes), storages, writes))
+    rt.wait(rt.engine("compute").submit(Task(work), storages, writes))
     result, inputs = results[0]
 
     def present(value: Any) -> Any:

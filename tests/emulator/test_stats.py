@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_hpu_infer import emulator
-from lightning_hpu_infer.emulator.engine import Task
+from lightning_hpu_infer.emulator.task import Task
 from tests.helpers import Clock, installed
 
 
