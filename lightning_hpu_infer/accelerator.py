@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.accelerators.registry import _AcceleratorRegistry
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
@@ -14,7 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_hpu_infer import _habana
+from lightning_hpu_infer import _habana, _lightning
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import graph_kind
 from lightning_hpu_infer.lengths.pad import PadSpec
@@ -144,7 +143,7 @@ class HPUInferenceAccelerator(Accelerator):
                 " `strategy='auto'`, and install the emulator, if that is the HPU, before you make the Trainer."
             )
         _repair_precision(trainer.precision_plugin, trainer.strategy.root_device.type)
-        PipelinedPredictionLoop.take_over(trainer.predict_loop, self.config)
+        PipelinedPredictionLoop.install_on(trainer.predict_loop, self.config)
         graph_kind(trainer.strategy.root_device, self.config)  # raises early where it cannot be
         if trainer.state.fn != TrainerFn.PREDICTING:
             # Other runs need the device's memory and change the weights.
@@ -197,7 +196,7 @@ class HPUInferenceAccelerator(Accelerator):
         return "hpu_infer"
 
     @classmethod
-    def register_accelerators(cls, accelerator_registry: _AcceleratorRegistry) -> None:
+    def register_accelerators(cls, accelerator_registry: _lightning.AcceleratorRegistry) -> None:
         """Make `accelerator="hpu_infer"` work. Does nothing the second time."""
         if cls.name() not in accelerator_registry:
             accelerator_registry.register(cls.name(), cls, description="Fast prediction on Intel Gaudi")

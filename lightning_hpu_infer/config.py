@@ -138,7 +138,7 @@ class InferenceConfig:
         if not (group is None or isinstance(group, str | Sequence) or callable(group)):
             raise TypeError(f"`group_by_length` must be a key, a function or a list of lengths, got {group!r}.")
 
-    def ahead(self, device_type: str) -> int:
+    def prefetch_depth(self, device_type: str) -> int:
         """Batches to prepare ahead where the network runs on a device of that type."""
         if not self.pipelining:
             return 0

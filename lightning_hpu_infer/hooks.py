@@ -18,7 +18,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_hpu_infer.observe.spans import Stage, Trace
+from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
+from lightning_hpu_infer.observe.spans import Observer, Stage
 from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]
@@ -33,7 +34,7 @@ class BatchHooks:
     Args:
         trainer: A `Trainer` whose run has started: callbacks and datamodule are final.
         threaded: Whether a thread calls `before_transfer`, while others call the rest.
-        trace: Where the stages of the main thread are recorded.
+        observer: Observes the stages of the main thread.
     """
 
     start: Hook
@@ -55,9 +56,9 @@ class BatchHooks:
     reads_indices: bool
     """Whether a prediction writer reads the indices of a batch's samples."""
 
-    def __init__(self, trainer: Any, *, threaded: bool, trace: Trace | None = None) -> None:
+    def __init__(self, trainer: Any, *, threaded: bool, observer: Observer) -> None:
         self._trainer = trainer
-        self._trace = trace
+        self._observer = observer
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
         self.start = self._batch_hook("on_predict_batch_start")
@@ -69,9 +70,7 @@ class BatchHooks:
         self.reads_indices = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         self.before_transfer = self._before_transfer(named=not threaded)
         self.to_device = self._to_device()
-        self.step = self._step()
-        if trace is not None:
-            self.step = trace.main.wrap(Stage.LAUNCH, self.step)
+        self.step = observer.wrap(Stage.LAUNCH, self._step())
 
     def _listeners(self) -> list[Any]:
         return [*self._trainer.callbacks, self._module]
@@ -92,8 +91,7 @@ class BatchHooks:
 
         if not calls:
             return call_all
-        hook = self._named(name, call_all)
-        return hook if self._trace is None else self._trace.main.wrap(_STAGES[name], hook)
+        return self._observer.wrap(_STAGES[name], self._named(name, call_all))
 
     def _step(self) -> Hook:
         step = self._strategy_hook("predict_step", self._trainer.strategy.predict_step)
@@ -109,12 +107,9 @@ class BatchHooks:
         return None if hook is _unchanged else hook
 
     def _to_device(self) -> Hook:
-        strategy, module = self._trainer.strategy, type(self._module)
+        strategy = self._trainer.strategy
         copies = True
-        if (
-            type(strategy).batch_to_device is Strategy.batch_to_device
-            and module._apply_batch_transfer_handler is LightningModule._apply_batch_transfer_handler
-        ):
+        if type(strategy).batch_to_device is Strategy.batch_to_device and has_stock_transfer(self._module):
             device = strategy.root_device
             transfer = self._data_hook("transfer_batch_to_device")
             after = self._data_hook("on_after_batch_transfer")
@@ -128,14 +123,14 @@ class BatchHooks:
                 return strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
         hook = self._strategy_hook("batch_to_device", batch_to_device)
-        return hook if self._trace is None or not copies else self._trace.main.wrap(Stage.COPY_IN, hook)
+        return self._observer.wrap(Stage.COPY_IN, hook) if copies else hook
 
     def _strategy_hook(self, name: str, hook: Hook) -> Hook:
         return self._named(name, self._spanned(f"[Strategy]{type(self._trainer.strategy).__name__}.{name}", hook))
 
     def _data_hook(self, name: str, *, named: bool = True) -> Hook:
         """A hook that belongs to the module unless the datamodule overrides it."""
-        owner = self._trainer._data_connector._datahook_selector.get_instance(name)
+        owner = datahook_owner(self._trainer, name)
         if self._profiler is None and _is_stock(name, owner):
             return _transfer if name == "transfer_batch_to_device" else _unchanged
         kind = "LightningModule" if owner is self._module else "LightningDataModule"
@@ -154,20 +149,11 @@ class BatchHooks:
         return call
 
     def _named(self, name: str, hook: Hook) -> Hook:
-        """Set the module's `_current_fx_name` meanwhile, past the costly `nn.Module.__setattr__`."""
-        state = self._module.__dict__
-
-        def call(*args: Any) -> Any:
-            previous, state["_current_fx_name"] = state["_current_fx_name"], name
-            output = hook(*args)
-            state["_current_fx_name"] = previous
-            return output
-
-        return call
+        return with_fx_name(self._module, name, hook)
 
 
 def _is_stock(name: str, owner: object) -> bool:
-    """Whether a hook is Lightning's own, whose effect is known. Whatever else it is, it is called."""
+    """Whether a hook is Lightning's default, whose effect is known. Any other hook is called."""
     function = getattr(getattr(owner, name), "__func__", None)
     return any(function is getattr(base, name, owner) for base in (Callback, LightningModule, LightningDataModule))
 
@@ -208,6 +194,6 @@ def step_of(strategy: Strategy) -> tuple[Hook, Callable[[], AbstractContextManag
     return step, None if plain else precision.predict_step_context
 
 
-def pulls_batches(module: LightningModule) -> bool:
+def uses_dataloader_iter(module: LightningModule) -> bool:
     """Whether `predict_step` takes `dataloader_iter` and so fetches its batches itself."""
     return bool(is_param_in_hook_signature(module.predict_step, "dataloader_iter", explicit=True))

@@ -1,37 +1,76 @@
-"""Nested collections, as batches and outputs are: what they hold, and copies that hold something else."""
+"""Nested collections, as batches and outputs are: walked, and copied only where a part of them changes."""
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections import UserList, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 def parts_of(data: Any) -> dict[Any, Any] | None:
-    """What a collection holds, by key, field or index. None for anything else."""
+    """What a collection holds, by key, field or index; None for anything else, tensors included."""
     if isinstance(data, Mapping):
         return dict(data)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return dict(zip(data._fields, data, strict=True))
-    if isinstance(data, list | tuple):
+    if isinstance(data, list | tuple | deque | UserList):
         return dict(enumerate(data))
     if is_dataclass(data) and not isinstance(data, type):
-        return {f.name: getattr(data, f.name) for f in fields(data)}
+        return {f.name: getattr(data, f.name) for f in fields(data) if hasattr(data, f.name)}
     return None
 
 
 def with_parts(data: Any, parts: dict[Any, Any]) -> Any:
-    """A collection of the same type that holds other parts under the same names."""
+    """A copy of a collection that has other parts under the same names.
+
+    It is of the same type and keeps what is no part: attributes, the encodings of a `BatchEncoding`, a default factory.
+    Its constructor is called only for tuples and for mappings that cannot be assigned to.
+    """
     if isinstance(data, tuple) and hasattr(data, "_make"):
         return data._make(parts.values())
-    if isinstance(data, list | tuple):
+    if isinstance(data, tuple):
         return type(data)(parts.values())
     if isinstance(data, Mapping) and not isinstance(data, MutableMapping):
         return type(data)(parts)  # type: ignore[call-arg]
-    # A copy keeps what is no part: the encodings of a `BatchEncoding`, a default factory.
     data = copy.copy(data)
     for name, part in parts.items():
-        if isinstance(data, MutableMapping):
+        if isinstance(data, MutableMapping | list | deque | UserList):
             data[name] = part
         else:
             object.__setattr__(data, name, part)  # the dataclass may be frozen
     return data
+
+
+def tensors_in(data: Any) -> Iterator[Tensor]:
+    """The tensors in nested collections, in order. Other objects are passed over, whatever they hold."""
+    if isinstance(data, Tensor):
+        yield data
+        return
+    for part in (parts_of(data) or {}).values():
+        yield from tensors_in(part)
+
+
+def size_of(data: Any) -> int:
+    """Bytes of the tensors in nested collections."""
+    return sum(tensor.nbytes for tensor in tensors_in(data))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], data: Any, leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Nested collections with other tensors.
+
+    A collection in which nothing changes is returned itself, and so is every other object.
+
+    Args:
+        function: Gives the tensor to use in place of a tensor, or that tensor.
+        data: Any object.
+        leaf: Tells objects that are left as they are, collections or not.
+    """
+    if isinstance(data, Tensor):
+        return function(data)
+    if not (parts := parts_of(data)) or (leaf is not None and leaf(data)):
+        return data
+    mapped = {name: map_tensors(function, part, leaf) for name, part in parts.items()}
+    changed = any(mapped[name] is not part for name, part in parts.items())
+    return with_parts(data, mapped) if changed else data

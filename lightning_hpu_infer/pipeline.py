@@ -11,10 +11,9 @@ from torch import nn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.fetch import PendingOutput, PinnedBuffers
 from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.transfer import stage
+from lightning_hpu_infer.transfer import PendingOutput, PinnedBuffers, pin
 
 T = TypeVar("T")
 
@@ -39,7 +38,7 @@ class InFlight(Generic[T]):
         return len(self._pending)
 
     @property
-    def overdue(self) -> bool:
+    def over_capacity(self) -> bool:
         """Whether the oldest item has to be retired before another may be launched."""
         return len(self._pending) > self.depth
 
@@ -169,17 +168,17 @@ class InferencePipeline:
             RuntimeError: If the pipeline is closed.
         """
         in_flight = InFlight(self._launch, self._depth)
-        ahead = self.config.ahead(self.device.type)
+        ahead = self.config.prefetch_depth(self.device.type)
         with Prefetcher(map(self._prepare, batches), ahead, torch.inference_mode) as prepared:
             for batch in prepared:
                 in_flight.launch(batch)
-                if in_flight.overdue:
+                if in_flight.over_capacity:
                     yield self._retire(in_flight)
         while in_flight:
             yield self._retire(in_flight)
 
     def _prepare(self, batch: Any) -> Any:
-        return stage(batch) if self.config.async_copy and self.device.type == _habana.DEVICE_TYPE else batch
+        return pin(batch) if self.config.async_copy and self.device.type == _habana.DEVICE_TYPE else batch
 
     def _launch(self, batch: Any) -> PendingOutput:
         if self._closed:

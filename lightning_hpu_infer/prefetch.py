@@ -24,7 +24,7 @@ class _End:
 class Prefetcher(Generic[T]):
     """Iterates over `source` in a thread, at most `depth` items ahead, in order.
 
-    A place is reserved *before* an item is pulled, so that the items being prepared and those ready never add up to
+    A slot is reserved *before* an item is pulled, so that the items being prepared and those ready never add up to
     more than `depth`. An error of the source is raised in the consumer behind the items that came before it, with the
     traceback of the thread. With `depth=0` there is no thread: items are pulled when they are asked for.
 
@@ -48,18 +48,18 @@ class Prefetcher(Generic[T]):
         self._context = context
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         # A queue of tokens is a semaphore that needs no Python code to pass.
-        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.depth = 0
         """Items ahead of the consumer; 0 without a thread."""
         self._surplus = 0
-        """Places to take away when their items are handed out."""
+        """Slots to take away when their items are handed out."""
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         if depth:
             # The consumer's context variables hold in the thread too, as they would without one.
             run = contextvars.copy_context().run
             self._thread = threading.Thread(target=run, args=(self._produce,), name="hpu-infer-prefetch", daemon=True)
-            self.deepen(depth)
+            self.set_depth(depth)
 
     def __enter__(self) -> "Prefetcher[T]":
         if self._thread is not None:
@@ -86,10 +86,10 @@ class Prefetcher(Generic[T]):
         if self._surplus:
             self._surplus -= 1
         else:
-            self._places.put(None)
+            self._slots.put(None)
         return item
 
-    def deepen(self, depth: int) -> None:
+    def set_depth(self, depth: int) -> None:
         """Go on with another depth, from the consumer's thread. Fewer items ahead come about as they are handed out.
 
         Where there is no thread, nothing changes.
@@ -99,13 +99,13 @@ class Prefetcher(Generic[T]):
         more = depth - self.depth - self._surplus
         self._surplus = max(0, -more)
         for _ in range(more):
-            self._places.put(None)
+            self._slots.put(None)
         self.depth = depth
 
     def close(self) -> None:
         """Stop the thread and wait for it. What it has prepared is dropped. May be called again."""
         self._stopped.set()
-        self._places.put(None)
+        self._slots.put(None)
         if self._thread is None or not self._thread.is_alive():
             return
         self._thread.join(_JOIN_SECONDS)
@@ -129,5 +129,5 @@ class Prefetcher(Generic[T]):
         self._ready.put(_End(error))
 
     def _reserve(self) -> bool:
-        self._places.get()
+        self._slots.get()
         return not self._stopped.is_set()

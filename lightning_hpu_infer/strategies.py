@@ -1,19 +1,18 @@
 """Strategies for one and for several devices, and how `strategy="auto"` comes to mean them."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
-from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-from lightning_hpu_infer import _habana
+from lightning_hpu_infer import _habana, _lightning
 from lightning_hpu_infer.accelerator import HPUInferenceAccelerator, select_device
 
 
@@ -100,7 +99,7 @@ class HPUInferenceDDPStrategy(_ForInference, DDPStrategy):
                 " Habana's bridge with its `hccl` backend, or pass `process_group_backend` to the strategy."
             )
         assert self.cluster_environment is not None
-        _init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
+        _lightning.init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
 
     def _get_process_group_backend(self) -> str:
         # Lightning 2.4 knows nccl and gloo only.
@@ -128,51 +127,40 @@ def register() -> None:
     ):
         if strategy.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(strategy.strategy_name, strategy, description=description)
-    if not hasattr(_AcceleratorConnector._choose_strategy, "__wrapped__"):
-        _AcceleratorConnector._choose_strategy = _choosing_ours(_AcceleratorConnector._choose_strategy)  # type: ignore[method-assign]
-        _AcceleratorConnector._lazy_init_strategy = _pairing(_AcceleratorConnector._lazy_init_strategy)  # type: ignore[method-assign]
+    _lightning.choose_strategy(_choose)
+    _lightning.pair_strategy(_pair)
 
 
-def _choosing_ours(stock: Any) -> Any:
+def _choose(connector: Any, stock: Callable[[Any], Any]) -> Strategy | str:
     """What `strategy="auto"` means: ours for our accelerator, Lightning's choice for any other.
 
     Lightning gives every accelerator that it does not know `SingleDeviceStrategy("cpu")` or plain "ddp", and asks
-    nobody (`accelerator_connector.py`, `_choose_strategy`).
+    nobody (2.6 `accelerator_connector.py`, `_choose_strategy`).
     """
-
-    @functools.wraps(stock)
-    def choose(connector: Any) -> Strategy | str:
-        if not isinstance(connector.accelerator, HPUInferenceAccelerator):
-            choice: Strategy | str = stock(connector)
-            return choice
-        if len(connector._parallel_devices) > 1 or connector._num_nodes_flag > 1:
-            return HPUInferenceDDPStrategy.strategy_name
-        return HPUInferenceStrategy()
-
-    return choose
+    if not isinstance(connector.accelerator, HPUInferenceAccelerator):
+        choice: Strategy | str = stock(connector)
+        return choice
+    if _lightning.wants_several_processes(connector):
+        return HPUInferenceDDPStrategy.strategy_name
+    return HPUInferenceStrategy()
 
 
-def _pairing(stock: Any) -> Any:
+def _pair(connector: Any, stock: Callable[[Any], Any]) -> None:
     """Make other DDP strategies work with our accelerator on HPUs, or refuse them.
 
     lightning-habana's bring up `hccl` themselves, but Lightning 2.5.5 binds their process group to a device id (see
     `HPUInferenceDDPStrategy.setup_distributed`). Others never bring it up.
     """
-
-    @functools.wraps(stock)
-    def pair(connector: Any) -> None:
-        stock(connector)
-        strategy = connector.strategy
-        foreign = isinstance(strategy, DDPStrategy) and not isinstance(strategy, HPUInferenceDDPStrategy)
-        if not (foreign and isinstance(connector.accelerator, HPUInferenceAccelerator)):
-            return
-        if strategy.root_device.type != _habana.DEVICE_TYPE:
-            return
-        if strategy.process_group_backend is None:
-            raise MisconfigurationException(
-                f"{type(strategy).__name__} does not set up the backend `hccl`. With HPUInferenceAccelerator pass"
-                f" `strategy='auto'` or `strategy={HPUInferenceDDPStrategy.strategy_name!r}`."
-            )
-        strategy.setup_distributed = functools.partial(HPUInferenceDDPStrategy.setup_distributed, strategy)
-
-    return pair
+    stock(connector)
+    strategy = connector.strategy
+    foreign = isinstance(strategy, DDPStrategy) and not isinstance(strategy, HPUInferenceDDPStrategy)
+    if not (foreign and isinstance(connector.accelerator, HPUInferenceAccelerator)):
+        return
+    if strategy.root_device.type != _habana.DEVICE_TYPE:
+        return
+    if strategy.process_group_backend is None:
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} does not set up the backend `hccl`. With HPUInferenceAccelerator pass"
+            f" `strategy='auto'` or `strategy={HPUInferenceDDPStrategy.strategy_name!r}`."
+        )
+    strategy.setup_distributed = functools.partial(HPUInferenceDDPStrategy.setup_distributed, strategy)

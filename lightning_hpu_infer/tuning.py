@@ -1,10 +1,15 @@
-"""Depths of the pipeline, chosen while it runs: deeper only where waiting says so, and kept only if it was faster."""
+"""Depths of the pipeline, chosen while it runs: greater only where it waits, and kept only if that was faster."""
 
 import time
 from collections.abc import Callable
 from operator import ge
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from lightning_hpu_infer.nested import size_of
+from lightning_hpu_infer.observe.spans import Lane, Observer, Stage
+
+T = TypeVar("T")
 
 # From which share of the time waiting is worth a change (TensorFlow's profiler calls an input-bound step from there).
 _WORTH = 0.05
@@ -26,7 +31,7 @@ class Depths(NamedTuple):
 _MOVES = (Depths(2, 1), Depths(1, 2), Depths(2, 2), Depths(4, 4))
 
 
-class DepthTuner:
+class DepthTuner(Observer):
     """Tries greater depths over windows of batches.
 
     It raises `prefetch` while the main thread waits for input, `in_flight` while it waits for output, and both together
@@ -39,12 +44,19 @@ class DepthTuner:
     Args:
         depths: Where to start, and the least that is used. Where no thread prefetches (`prefetch` is 0), none will.
         budget: Bytes that the batches ahead, and the batches and outputs behind, may take at greater depths.
+        apply: Called with the depths to run with, whenever they change.
         window: Batches that a measurement takes.
         clock: Seconds, for tests.
     """
 
     def __init__(
-        self, depths: Depths, budget: int, *, window: int = 32, clock: Callable[[], float] = time.perf_counter
+        self,
+        depths: Depths,
+        budget: int,
+        *,
+        apply: Callable[[Depths], object] | None = None,
+        window: int = 32,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.depths = depths
         """Those to run with now."""
@@ -52,8 +64,11 @@ class DepthTuner:
         """What was tried, and what came of it."""
         self._first = depths
         self._budget = budget
+        self._apply = apply
         self._window = window
         self._clock = clock
+        self._fetching = 0.0
+        """Seconds that the main thread has waited for, and copied, the output of the oldest batch."""
         self._batch = self._output = 0
         """Bytes of the largest ones."""
         self._untried = set(_MOVES)
@@ -62,6 +77,38 @@ class DepthTuner:
         self._measured: list[float] = []
         """Seconds per batch in the windows of a trial so far."""
         self._start_window(settle=window // 4)
+
+    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
+        """Measure how long the main thread waits for each prepared batch."""
+        if stage != Stage.WAIT_INPUT:
+            return function
+
+        def take(*args: Any) -> T:
+            began = self._clock()
+            batch = function(*args)
+            if batch is not None:
+                self.launched(waited=self._clock() - began, nbytes=size_of(batch))
+            return batch
+
+        return take
+
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Measure how long the main thread is busy with fetching an output."""
+        if stage not in (Stage.WAIT_OUTPUT, Stage.COPY_OUT):
+            return function(*args)
+        began = self._clock()
+        try:
+            return function(*args)
+        finally:
+            self._fetching += self._clock() - began
+
+    def completed(self, output: Any) -> None:
+        """Count a batch whose output is there, and change the depths when it is time to."""
+        before = self.depths
+        self.retired(blocked=self._fetching, nbytes=size_of(output))
+        self._fetching = 0.0
+        if self.depths != before and self._apply is not None:
+            self._apply(self.depths)
 
     def launched(self, *, waited: float, nbytes: int) -> None:
         """Note a batch on its way to the device.

@@ -7,14 +7,12 @@ import lightning
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
-from lightning.pytorch.loops.prediction_loop import _PredictionLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
-from lightning.pytorch.loops.utilities import _no_grad_context
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-import lightning_hpu_infer  # noqa: F401 - it wraps what is looked at
+from lightning_hpu_infer import _lightning
 
 pytestmark = pytest.mark.smoke
 
@@ -23,20 +21,22 @@ def test_the_version_is_the_one_that_was_asked_for() -> None:
     assert lightning.__version__ == os.environ.get("EXPECTED_LIGHTNING", lightning.__version__)
 
 
+def test_every_name_exists() -> None:
+    assert all(hasattr(_lightning, name) for name in _lightning.__all__)
+
+
 def test_the_prediction_loop_has_the_parts_that_ours_uses() -> None:
-    parts = "setup_data reset on_run_start on_run_end skip num_dataloaders _store_data_for_prediction_writer"
-    assert [name for name in parts.split() if not hasattr(_PredictionLoop, name)] == []
+    parts = ["setup_data", "reset", "on_run_start", "on_run_end", "skip", "num_dataloaders"]
+    assert [name for name in parts if not hasattr(_lightning.PredictionLoop, name)] == []
     loop = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False).predict_loop
-    attributes = "_data_fetcher _predictions _return_predictions _restarting _warning_cache current_batch_indices"
-    assert [name for name in attributes.split() if not hasattr(loop, name)] == []
+    assert [name for name in ("current_batch_indices", *_lightning.LOOP_NAMES) if not hasattr(loop, name)] == []
     assert isinstance(loop.batch_progress, _Progress)
     assert isinstance(loop.batch_progress.current, _ProcessedTracker)
-    assert list(inspect.signature(_PredictionLoop._store_data_for_prediction_writer).parameters) == [
+    assert list(inspect.signature(_lightning.PredictionLoop._store_data_for_prediction_writer).parameters) == [
         "self",
         "batch_idx",
         "dataloader_idx",
     ]
-    assert callable(_no_grad_context)
     assert "done" in _DataFetcher().__dict__
 
 

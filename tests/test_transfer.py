@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from lightning_hpu_infer import emulator
-from lightning_hpu_infer.transfer import stage
+from lightning_hpu_infer.transfer import pin
 from tests.helpers import assert_equal
 
 HPU = torch.device("hpu", 0)
@@ -32,30 +32,30 @@ def pinned(tensor: Tensor) -> bool:
     ],
     ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.stride())}",
 )
-def test_a_tensor_is_staged_in_pinned_memory_unchanged(tensor: Tensor) -> None:
-    staged = stage(tensor)
-    assert pinned(staged)
-    assert staged.data_ptr() != tensor.data_ptr()
-    assert_equal(staged, tensor)
-    assert_equal(staged.to(HPU, non_blocking=True).cpu(), tensor)
+def test_a_tensor_is_copied_to_pinned_memory_unchanged(tensor: Tensor) -> None:
+    copied = pin(tensor)
+    assert pinned(copied)
+    assert copied.data_ptr() != tensor.data_ptr()
+    assert_equal(copied, tensor)
+    assert_equal(copied.to(HPU, non_blocking=True).cpu(), tensor)
 
 
 @pytest.mark.parametrize(
     "tensor", [torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.float64), torch.empty(0)], ids=str
 )
 def test_what_the_bridge_would_not_read_from_pinned_memory_stays(tensor: Tensor) -> None:
-    assert stage(tensor) is tensor
+    assert pin(tensor) is tensor
 
 
 def test_sparse_tensors_stay() -> None:
     sparse = torch.eye(3).to_sparse()
-    assert stage(sparse) is sparse
+    assert pin(sparse) is sparse
 
 
 def test_in_eager_mode_64_bit_tensors_are_pinned_too() -> None:
     emulator.uninstall()
     emulator.install(emulator.EmulatorConfig(lazy=False))
-    assert pinned(stage(torch.ones(3, dtype=torch.int64)))
+    assert pinned(pin(torch.ones(3, dtype=torch.int64)))
 
 
 class Pair(NamedTuple):
@@ -72,19 +72,19 @@ class Record:
 def test_collections_keep_their_type_and_what_is_not_a_tensor() -> None:
     x = torch.ones(2)
     batch = {"pair": Pair(x, "a"), "record": Record(x, "b"), "list": [x, 1, None], "encoding": BatchEncoding({"x": x})}
-    staged = stage(batch)
-    assert type(staged["pair"]) is Pair
-    assert type(staged["record"]) is Record
-    assert (staged["pair"].name, staged["record"].name, staged["list"][1:]) == ("a", "b", [1, None])
-    assert isinstance(staged["encoding"], UserDict)
-    assert type(staged["encoding"]) is BatchEncoding
-    found = (staged["pair"].x, staged["record"].x, staged["list"][0], staged["encoding"]["x"])
+    copied = pin(batch)
+    assert type(copied["pair"]) is Pair
+    assert type(copied["record"]) is Record
+    assert (copied["pair"].name, copied["record"].name, copied["list"][1:]) == ("a", "b", [1, None])
+    assert isinstance(copied["encoding"], UserDict)
+    assert type(copied["encoding"]) is BatchEncoding
+    found = (copied["pair"].x, copied["record"].x, copied["list"][0], copied["encoding"]["x"])
     assert [pinned(tensor) for tensor in found] == [True] * 4
 
 
-def test_rule_8_a_staging_buffer_is_not_reused_before_its_copy_is_done() -> None:
+def test_rule_8_a_pinned_buffer_is_not_reused_before_its_copy_is_done() -> None:
     tensors = [torch.full((1000,), float(i)) for i in range(20)]
     with emulator.paused("h2d"):
         # All copies are issued, none has run; each buffer is dropped by us at once.
-        copies = [stage(tensor).to(HPU, non_blocking=True) for tensor in tensors]
+        copies = [pin(tensor).to(HPU, non_blocking=True) for tensor in tensors]
     assert_equal([copy.cpu() for copy in copies], tensors)

@@ -241,7 +241,7 @@ def test_a_run_may_change_its_depths(monkeypatch: pytest.MonkeyPatch) -> None:
         told.append(self.depths)
 
     def followed(self: Prefetcher[Any], depth: int) -> None:
-        deepen(self, depth)
+        set_depth(self, depth)
         asked.append(depth)
 
     class Behind(Callback):
@@ -255,9 +255,9 @@ def test_a_run_may_change_its_depths(monkeypatch: pytest.MonkeyPatch) -> None:
         def on_predict_batch_end(self, *_: Any) -> None:
             behind.append(self.begun - len(behind) - 1)
 
-    deepen = Prefetcher.deepen
+    set_depth = Prefetcher.set_depth
     monkeypatch.setattr(DepthTuner, "retired", ever_other)
-    monkeypatch.setattr(Prefetcher, "deepen", followed)
+    monkeypatch.setattr(Prefetcher, "set_depth", followed)
     ours = trainer(HPUInferenceAccelerator.auto(), callbacks=[Behind()])
     expected = predict("cpu", Net(), rows(120, 2))
     actual: Any = ours.predict(Net(), rows(120, 2))

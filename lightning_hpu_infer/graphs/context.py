@@ -14,7 +14,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from lightning_hpu_infer.graphs.replacements import DataReplacements
-from lightning_hpu_infer.observe.spans import LaneTrace, untimed
+from lightning_hpu_infer.observe.spans import Observer
 
 T = TypeVar("T")
 
@@ -45,15 +45,15 @@ class GraphContext:
         """Whether a capture is going on: a graph inside of another is refused by the bridge."""
         self.gives_up = ""
         """Why the function that runs should not be traced any longer; empty while it may."""
-        self.timed: Callable[..., Any] = untimed
+        self.timed: Callable[..., Any] = Observer().timed
         self._warned: set[str] = set()
         self._to_tell: list[str] = []
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def begin(self, trace: LaneTrace | None) -> None:
+    def begin(self, observer: Observer) -> None:
         """Begin a run: counters at zero, warnings anew."""
         self.counts = GraphCounts()
-        self.timed = untimed if trace is None else trace.timed
+        self.timed = observer.timed
         self._warned.clear()
 
     def register(self, graph: Any) -> None:

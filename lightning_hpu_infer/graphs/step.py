@@ -20,7 +20,7 @@ from lightning_hpu_infer.graphs.direct import DirectGraphs
 from lightning_hpu_infer.graphs.networks import CallSites, OutermostCalls, named_modules, repeated_blocks
 from lightning_hpu_infer.graphs.traced import NOTHING, TRACING_FAILED, TracedCall
 from lightning_hpu_infer.graphs.weights import KeptWeights
-from lightning_hpu_infer.observe.spans import LaneTrace
+from lightning_hpu_infer.observe.spans import Observer
 
 Step = Callable[..., Any]
 Kind = Literal["hpu_graph", "direct", "hpu_backend", "inductor"]
@@ -129,12 +129,12 @@ class StepGraphs:
         self._batches = batches
 
     @contextmanager
-    def attached(self, step: Step, trace: LaneTrace | None = None) -> Iterator[Step]:
+    def attached(self, step: Step, observer: Observer | None = None) -> Iterator[Step]:
         """Surround a run with this, with the model on the device.
 
         Args:
             step: What is called per batch.
-            trace: Where captures and replays are recorded.
+            observer: Observes captures and replays.
 
         Yields:
             The step, to be called in its place.
@@ -145,7 +145,7 @@ class StepGraphs:
         if self._chosen:
             # Many short runs may pay together.
             self._modules, self._planned, self._chosen = None, False, False
-        context.begin(trace)
+        context.begin(observer or Observer())
         if self._kept is not None:
             now = self._kept.restore(self._root)
             for graph in context.graphs():

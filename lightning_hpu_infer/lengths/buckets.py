@@ -29,9 +29,12 @@ class Buckets:
         config: `bucket_lengths`, `pad_spec`, `num_buckets` and `bucket_multiple` are used.
     """
 
+    pads = True
+    """Whether batches may be padded at all."""
+
     def __init__(self, config: InferenceConfig) -> None:
         assert isinstance(config.pad_spec, PadSpec)
-        self.spec = config.pad_spec
+        self.spec: PadSpec = config.pad_spec
         self._config = config
         self.chosen: list[int] | None = None
         """The buckets, ascending; None while "auto" still observes."""
@@ -48,7 +51,7 @@ class Buckets:
         """Begin a run.
 
         Args:
-            expected: Lengths of the run's batches, longest first, if they are known. They are not believed if the first
+            expected: Lengths of the run's batches, longest first, if they are known. They are not used if the first
                 batch has another length: whoever gave them may have counted characters, and the batches tokens.
         """
         self.real = self.padded = 0
@@ -58,11 +61,11 @@ class Buckets:
         elif self.chosen is None and expected:
             self._expected = expected
 
-    def pad(self, batch: Any) -> tuple[Any, Lengths]:
+    def pad(self, batch: Any) -> tuple[Any, Lengths | None]:
         """The batch, padded. For any thread, and host tensors.
 
         Raises:
-            ValueError: If the batch has not what `pad_spec` names, or its tensors differ in length.
+            ValueError: If the batch lacks what `pad_spec` names, or its tensors differ in length.
         """
         length = self.spec.length_of(batch)
         expected, self._expected = self._expected, None
@@ -78,9 +81,11 @@ class Buckets:
         self.padded += lengths.padded
         return self.spec.pad(batch, lengths.padded), lengths
 
-    def cut(self, output: Any, lengths: Lengths) -> Any:
-        """An output as it would be of the batch before padding. On any device."""
-        return output if lengths.real == lengths.padded else self.spec.cut(output, lengths.real, lengths.padded)
+    def cut(self, output: Any, lengths: Lengths | None) -> Any:
+        """An output as it would be of the batch before padding. On any device; None is a batch that was not padded."""
+        if lengths is None or lengths.real == lengths.padded:
+            return output
+        return self.spec.cut(output, lengths.real, lengths.padded)
 
     def _bucket_of(self, length: int) -> int:
         if (bucket := bucket_of(length, self.chosen or [])) is not None:
@@ -98,3 +103,20 @@ class Buckets:
     def _choose(self, lengths: list[int]) -> None:
         self.chosen = best_buckets(lengths, self._config.num_buckets, self._config.bucket_multiple)
         rank_zero_info(f"`bucket_lengths='auto'` chose {self.chosen} from {len(lengths)} batches.")
+
+
+class NoBuckets(Buckets):
+    """Pads nothing."""
+
+    pads = False
+
+    def __init__(self) -> None:
+        self.chosen = None
+        self.real = self.padded = 0
+
+    def start(self, expected: list[int]) -> None:
+        """Begin a run."""
+
+    def pad(self, batch: Any) -> tuple[Any, Lengths | None]:
+        """The batch itself."""
+        return batch, None

@@ -5,9 +5,9 @@ from operator import index
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lightning_hpu_infer._lightning import users_batch_sampler
 from lightning_hpu_infer.lengths.restore import OFF, Restorer
 from lightning_hpu_infer.nested import parts_of
 
@@ -98,12 +98,12 @@ class Reordered:
     """
 
     def __init__(self, loader: object, max_batches: float, by: GroupBy) -> None:
-        wrapper = getattr(loader, "batch_sampler", None)
-        batches = wrapper._batch_sampler if isinstance(wrapper, _IndexBatchSamplerWrapper) else None
+        sampler = getattr(loader, "batch_sampler", None)
+        batches = users_batch_sampler(sampler)
         if not isinstance(loader, DataLoader) or type(batches) is not BatchSampler:
             raise MisconfigurationException(
                 "`group_by_length` needs a DataLoader of a map-style dataset with a `batch_size`, got"
-                f" {type(loader).__name__} with {type(batches or wrapper).__name__}. Let DataLoader make the batches,"
+                f" {type(loader).__name__} with {type(batches or sampler).__name__}. Let DataLoader make the batches,"
                 " or pass `group_by_length=None`."
             )
         size = batches.batch_size

@@ -2,12 +2,12 @@
 
 import os
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana
@@ -17,7 +17,6 @@ from lightning_hpu_infer.observe.advice import Setup
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters, Report
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage, Trace
-from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
 _STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
@@ -30,11 +29,11 @@ class TracedRun:
     `python -m lightning_hpu_infer diagnose`.
 
     Args:
-        config: The flags of the run.
+        config: The flags of the run. `trace` is the folder to write to.
         trainer: Whose run it is.
     """
 
-    def __init__(self, config: InferenceConfig, trainer: Trainer) -> None:
+    def __init__(self, config: InferenceConfig, trainer: Any) -> None:
         self.trace = Trace()
         self._config = config
         self._trainer = trainer
@@ -50,28 +49,53 @@ class TracedRun:
         if self._on_hpu:
             _habana.stop_timeline()
 
-    def finish(self, counters: Counters, tuner: DepthTuner | None) -> Report | None:
+    def conclude(self, counters: Counters, depths: tuple[int, int] | None, tuning: Sequence[str]) -> None:
+        """End the recording, leave the report with the accelerator, and write both to the folder.
+
+        Whatever fails is a warning: predictions that may have taken hours are not lost for a full disk.
+
+        Args:
+            counters: What spans do not show.
+            depths: `prefetch` and `in_flight` in the end, if they were not fixed.
+            tuning: What was tried to find them, in words.
+        """
+        try:
+            report = self.finish(counters, depths, tuning)
+            if report is not None:
+                self._trainer.accelerator.report = report
+                folder = Path(self._config.trace or "")
+                ranks = self._trainer.world_size
+                self.write(report, folder / f"rank{self._trainer.global_rank}" if ranks > 1 else folder)
+        except Exception as error:
+            rank_zero_warn(f"The trace of this run could not be written to {self._config.trace}: {error!r}")
+
+    def finish(
+        self, counters: Counters, depths: tuple[int, int] | None = None, tuning: Sequence[str] = ()
+    ) -> Report | None:
         """End the recording and judge the run. None if there was no batch."""
         spans = self.trace.spans()
         launched = {span.batch for span in spans if span.stage == Stage.LAUNCH}
         # The fetch that finds the end of the data, say, is for no batch.
         spans = [span if span.batch in launched else replace(span, batch=None) for span in spans]
+        threaded = any(span.lane == Lane.PREFETCH for span in spans)
+        if not threaded:
+            # The main thread waits for nobody: it prepares the batches itself.
+            spans = [span for span in spans if span.stage != Stage.WAIT_INPUT]
         measured_on = "cpu"
         if self._on_hpu:
             measured_on = "emulated HPU" if _habana.is_emulated() else "HPU"
             spans += _device_spans(_habana.stop_timeline(), spans)
-        # What one thread only still knows of would look as if the others had done nothing.
-        known_from = max(self.trace.prefetch.known_from, self.trace.main.known_from)
-        self.spans = [span for span in spans if span.start >= known_from]
+        # A time of which only one thread is known would look as if the others had done nothing.
+        self.spans = [span for span in spans if span.start >= self.trace.complete_from]
         if not launched:
             return None
         return analyse(
             self.spans,
-            config=self._as_it_ran(tuner),
+            config=self._as_it_ran(depths, threaded=threaded),
             setup=self._setup(),
             counters=counters,
             measured_on=measured_on,
-            tuning=tuner.summary() if tuner is not None else (),
+            tuning=tuning,
             truncated=len(self.spans) < len(spans),
         )
 
@@ -95,12 +119,11 @@ class TracedRun:
             f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), timeline.png."
         )
 
-    def _as_it_ran(self, tuner: DepthTuner | None) -> InferenceConfig:
+    def _as_it_ran(self, depths: tuple[int, int] | None, *, threaded: bool) -> InferenceConfig:
         """The flags with the depths that there were in the end: `prefetch` is 0 where no thread ran."""
         config, device = self._config, self._trainer.strategy.root_device
-        depths = tuner.depths if tuner is not None else Depths(config.ahead(device.type), config.in_flight)
-        threaded = any(span.lane == Lane.PREFETCH for span in self.spans)
-        return replace(config, prefetch=depths.prefetch if threaded else 0, in_flight=depths.in_flight)
+        prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight)
+        return replace(config, prefetch=prefetch if threaded else 0, in_flight=in_flight)
 
     def _setup(self) -> Setup:
         return Setup(

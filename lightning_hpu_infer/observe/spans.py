@@ -1,4 +1,4 @@
-"""Spans of every stage of every batch. With tracing off there is nothing to call, so nothing to pay.
+"""The stages of a batch, what may observe them, and the observer that records a span of each.
 
 A stage in which nothing can happen, such as hooks that nobody overrides, has no spans.
 """
@@ -69,7 +69,7 @@ class Span:
     """Seconds on the clock of `time.perf_counter`."""
     end: float
     batch: int | None = None
-    """The how-manieth batch of the run it was, from 0; None where it belongs to no single batch."""
+    """Index of the batch in the run, over all dataloaders, from 0; None where it belongs to no single batch."""
     nbytes: int = 0
     """Bytes that were copied."""
 
@@ -79,15 +79,72 @@ class Span:
         return self.end - self.start
 
 
-class LaneTrace:
+class Observer:
+    """Observes the stages of a run and changes nothing. This one observes nothing, which costs nothing.
+
+    A stage is observed by wrapping the function that does its work, once per run; `wrap` returns the function itself
+    where there is nothing to observe. A lane is used by one thread only, which may be any.
+    """
+
+    records = False
+    """Whether spans are recorded. Waiting for an output is then kept apart from copying it."""
+
+    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
+        """The function to call in place of `function`, so that the stage is observed."""
+        return function
+
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` once, on the main thread."""
+        return function(*args)
+
+    def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
+        """Note the index of the batch that the lane's thread works on from now on."""
+
+    def completed(self, output: Any) -> None:
+        """Note that the oldest batch in flight has its output, on the host if anybody wants it there."""
+
+
+class Observers(Observer):
+    """Several observers as one; the first is the innermost.
+
+    Args:
+        observers: In the order in which they wrap a function.
+    """
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+        self.records = any(observer.records for observer in observers)
+
+    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
+        """Wrap the function by every observer."""
+        for observer in self._observers:
+            function = observer.wrap(stage, function, lane)
+        return function
+
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Call the function, observed by every observer."""
+        for observer in self._observers:
+            function = partial(observer.timed, stage, function)
+        return function(*args)
+
+    def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
+        """Tell every observer."""
+        for observer in self._observers:
+            observer.at(batch, lane)
+
+    def completed(self, output: Any) -> None:
+        """Tell every observer."""
+        for observer in self._observers:
+            observer.completed(output)
+
+
+class _LaneTrace:
     """Records what one host thread does: the newest half million spans."""
 
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
+    def __init__(self) -> None:
         # Tuples of little else than numbers: they are made, and kept, beside every batch.
-        self._records: deque[tuple[Stage, float, float, int | None]] = deque(maxlen=500_000)
+        self.records: deque[tuple[Stage, float, float, int | None]] = deque(maxlen=500_000)
         self.batch: int | None = None
-        """The batch that the thread works on."""
 
     def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
         """Call `function` within a span, also if it raises."""
@@ -95,34 +152,43 @@ class LaneTrace:
         try:
             return function(*args)
         finally:
-            self._records.append((stage, start, perf_counter(), self.batch))
-
-    def wrap(self, stage: Stage, function: Callable[..., T]) -> Callable[..., T]:
-        """`function`, with a span around each call."""
-        return partial(self.timed, stage, function)
-
-    @property
-    def known_from(self) -> float:
-        """From when on everything is there: the oldest spans of a long run have made room for newer ones."""
-        return self._records[0][2] if len(self._records) == self._records.maxlen else -inf
-
-    def spans(self) -> list[Span]:
-        """What was recorded, in the order in which it ended."""
-        return [Span(stage, self._lane, start, end, batch) for stage, start, end, batch in self._records]
+            self.records.append((stage, start, perf_counter(), self.batch))
 
 
-def untimed(stage: Stage, function: Callable[..., T], *args: Any) -> T:
-    """Call `function` as `LaneTrace.timed` does, without a trace."""
-    return function(*args)
+class Trace(Observer):
+    """Records a span of every stage on the two host lanes, `Lane.MAIN` and `Lane.PREFETCH`."""
 
-
-class Trace:
-    """The host's spans of a run, thread by thread."""
+    records = True
 
     def __init__(self) -> None:
-        self.main = LaneTrace(Lane.MAIN)
-        self.prefetch = LaneTrace(Lane.PREFETCH)
+        self._lanes = {lane: _LaneTrace() for lane in (Lane.PREFETCH, Lane.MAIN)}
+        self._main = self._lanes[Lane.MAIN]
+
+    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
+        """`function`, with a span around each call."""
+        return partial(self._lanes[lane].timed, stage, function)
+
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` within a span, also if it raises."""
+        return self._main.timed(stage, function, *args)
+
+    def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
+        """Attribute the spans that follow in this lane to a batch."""
+        self._lanes[lane].batch = batch
+
+    @property
+    def complete_from(self) -> float:
+        """The moment from which every lane is complete: the oldest spans of a long run have made room for newer ones.
+
+        On the clock of `time.perf_counter`, in seconds; minus infinity if nothing was dropped.
+        """
+        full = (lane.records[0][2] for lane in self._lanes.values() if len(lane.records) == lane.records.maxlen)
+        return max(full, default=-inf)
 
     def spans(self) -> list[Span]:
-        """What all threads recorded."""
-        return self.prefetch.spans() + self.main.spans()
+        """What was recorded, lane by lane, in the order in which it ended."""
+        return [
+            Span(stage, lane, start, end, batch)
+            for lane, trace in self._lanes.items()
+            for stage, start, end, batch in trace.records
+        ]

@@ -163,7 +163,8 @@ def auto(**flags: Any) -> Buckets:
 
 
 def lengths_after(buckets: Buckets, lengths: Sequence[int]) -> list[int]:
-    return [buckets.pad({"input_ids": torch.ones(1, length, dtype=torch.int32)})[1].padded for length in lengths]
+    batches = [{"input_ids": torch.ones(1, length, dtype=torch.int32)} for length in lengths]
+    return [padded.padded for _, padded in map(buckets.pad, batches) if padded is not None]
 
 
 def test_auto_observes_first_and_then_chooses_the_best() -> None:

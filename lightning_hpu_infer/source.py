@@ -1,0 +1,114 @@
+"""Host batches, from the dataloader until they are ready to be copied to the device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, count
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, default_convert
+from tqdm.auto import tqdm
+
+from lightning_hpu_infer.batch import Batch
+from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
+from lightning_hpu_infer.observe.spans import Lane, Observer, Stage
+from lightning_hpu_infer.transfer import clone, pin
+
+Prepare = Callable[[Any, int], tuple[Any, Lengths | None]]
+
+
+def host_batches(
+    fetcher: Any,
+    *,
+    clones: Sequence[bool],
+    convert: Callable[[Any, int], Any] | None,
+    buckets: Buckets,
+    pins: bool,
+    observer: Observer,
+    lane: Lane,
+    progress: Any = None,
+) -> Iterator[Batch]:
+    """Fetch batches and prepare each: clone, convert, pad, pin. Advancing this is the prefetch thread's work.
+
+    Ends where a stage raises `StopIteration`, as stock Lightning does.
+
+    Args:
+        fetcher: Lightning's data fetcher, whose iteration has begun.
+        clones: Per dataloader, whether its batches are memory that it may fill again.
+        convert: The hooks before the transfer: `(data, dataloader_idx) -> data`.
+        buckets: Pads batches.
+        pins: Whether inputs go through pinned memory.
+        observer: Observes the stages.
+        lane: The lane of the thread that advances this.
+        progress: The loop's `batch_progress`, if hooks before the transfer are to see whether a batch is the last one.
+    """
+    fetch = observer.wrap(Stage.FETCH, partial(next, fetcher), lane)
+    prepare = _prepare(clones, convert, buckets)
+    if prepare is not None:
+        prepare = observer.wrap(Stage.PREPARE, prepare, lane)
+    pinned = observer.wrap(Stage.PIN, pin, lane) if pins else None
+    for index in count():
+        observer.at(index, lane)
+        try:
+            data, batch_idx, dataloader_idx = fetch()
+            is_last, lengths = fetcher.done, None
+            if progress is not None:
+                progress.is_last_batch = is_last
+            if prepare is not None:
+                data, lengths = prepare(data, dataloader_idx)
+            if pinned is not None:
+                data = pinned(data)
+        except StopIteration:
+            return
+        yield Batch(index, data, batch_idx, dataloader_idx, is_last, lengths)
+
+
+def _prepare(clones: Sequence[bool], convert: Callable[[Any, int], Any] | None, buckets: Buckets) -> Prepare | None:
+    """The host work on each batch; None if there is none."""
+    if convert is None and not buckets.pads and not any(clones):
+        return None
+
+    def prepare(data: Any, dataloader_idx: int) -> tuple[Any, Lengths | None]:
+        if clones[dataloader_idx]:
+            data = clone(data)
+        if convert is not None:
+            data = convert(data, dataloader_idx)
+        return buckets.pad(data)
+
+    return prepare
+
+
+def may_reuse_memory(loader: object) -> bool:
+    """Whether a loader may yield the same memory for every batch; a `DataLoader` that collates makes new tensors."""
+    return not isinstance(loader, DataLoader) or loader.collate_fn is default_convert
+
+
+def warmed_up(
+    batches: Iterator[Batch], buckets: Buckets, run: Callable[[Any, Batch], object], *, times: int, quiet: bool
+) -> Iterator[Batch]:
+    """Run the first batch in every bucket before it is handed on, so that each bucket has its graph by then.
+
+    Main thread only. Random numbers are drawn as if this had not happened.
+
+    Args:
+        batches: Those of the run, as `host_batches` yields them.
+        buckets: The buckets to run, the largest first.
+        run: Runs the step with host data in place of a batch's, and drops what it returns.
+        times: Runs per bucket: plainly, captured, and each replay that is verified.
+        quiet: Whether to show no progress bar.
+
+    Returns:
+        The same batches.
+    """
+    first = next(batches, None)
+    if first is None:
+        return batches
+    if not buckets.chosen:
+        rank_zero_warn("`warm_up=True`: the buckets are not known before the first run, so there are none to warm up.")
+    with torch.random.fork_rng(devices=[]):
+        for length in tqdm((buckets.chosen or [])[::-1], desc="Warming up", unit="bucket", disable=quiet):
+            data = clone(buckets.spec.pad(buckets.spec.narrow(first.data, length), length))
+            for _ in range(times):
+                run(data, first)
+    return chain([first], batches)
