@@ -19,7 +19,7 @@ DEVICE_TYPE = "hpu"
 
 
 def is_installed() -> bool:
-    """Whether `habana_frameworks` can be imported: Habana's own, or the emulator's."""
+    """Whether `habana_frameworks` can be imported, Habana's or the emulator's."""
     return find_spec("habana_frameworks") is not None
 
 
@@ -143,7 +143,7 @@ def _is_bridges(hook: object) -> bool:
 def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Wrap a function of device tensors so that it is captured on its first call and replayed afterwards.
 
-    The returned tensors are the graph's own: the next replay overwrites them, also through `detach()` and views
+    The returned tensors belong to the graph: the next replay overwrites them, also through `detach()` and views
     (bridge `hpu/graphs.py`: every call returns the object of the capturing call). The caller must copy what it keeps.
 
     `disable_tensor_cache=True` because the other mode keeps the tensors of the first call as static inputs and

@@ -29,35 +29,43 @@ class HPUInferenceAccelerator(Accelerator):
 
     Args:
         hpu_graphs: Trace `predict_step` with TorchDynamo and replay what it does: as HPU graphs in lazy mode, by
-            `hpu_backend` in eager mode. True leaves out runs too short to win back what tracing costs. "hpu_graph" or
-            "compile" insists on one of the two; "compile" also compiles on the CPU, with torch's inductor. "direct"
+            `hpu_backend` in eager mode. True leaves out runs too short to win back what tracing costs. "hpu_graph" and
+            "compile" insist on one of the two; "compile" also compiles on the CPU, with torch's inductor. "direct"
             captures the modules that `graph_modules` names without TorchDynamo, unguarded and not verified.
-        async_copy: Stage inputs in pinned host memory and copy them without waiting.
-        pipelining: Prepare later batches in a thread and fetch a batch's output after the next one was launched.
-            "auto" begins with `prefetch` and `in_flight` and deepens them where that proves faster.
-        prefetch: Batches that the host prepares ahead, 0 to 1024; None means 2 on an HPU and 0 on the CPU. Used when
-            `pipelining`.
-        in_flight: Batches whose output may wait on the device, 0 to 1024. Used when `pipelining`.
-        defer_hooks: Run a batch's end hooks when its output has arrived, with host tensors. `False` keeps stock
-            Lightning's hook order and device tensors. Used when `pipelining`.
-        async_output: Copy outputs into pinned host memory as soon as they are computed, without waiting. Used when
-            `pipelining`.
-        graph_modules: Names of modules to trace by themselves instead of the whole step; "blocks" means the like
-            children of each `nn.ModuleList`. Used when `hpu_graphs`.
-        max_graphs: Captured graphs (shapes) per traced graph and set of weights, 1 to 65536. Used when `hpu_graphs`.
-        graph_memory: Bytes of device memory that these may take; None sets no bound. Used when `hpu_graphs`.
-        verify_graphs: Replays of each new graph that are compared with the plain ops, 0 to 65536. Used when
+        graph_modules: Modules to trace by themselves instead of the whole step, by their names in the LightningModule.
+            "blocks" means the children of each `nn.ModuleList` that are alike, which are traced once per kind. Used
+            when `hpu_graphs`.
+        max_graphs: Captured graphs, that is, shapes, per traced graph and set of weights, 1 to 65536. Used when
             `hpu_graphs`.
-        pad_batch: Let a batch with fewer rows than a captured graph use it, with rows added. Used when `hpu_graphs`.
-        bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says; "auto" chooses them.
+        graph_memory: Bytes of device memory that these may take; None sets no bound. Used when `hpu_graphs`.
+        verify_graphs: Replays of each new graph that are compared with the plain ops, besides the capturing call, 0 to
+            65536. 0 compares none. Used when `hpu_graphs`.
+        pad_batch: Let a batch with fewer rows than a captured graph use it: rows are added to the graph's inputs and
+            cut from its outputs. Used when `hpu_graphs`.
+        async_copy: Copy inputs to pinned host memory first, so that their copy to the device does not hold up the host.
+        async_output: Copy outputs to pinned host memory as soon as they are computed, without waiting, instead of late
+            and waiting. Used when `pipelining`.
+        pipelining: Prepare later batches in a thread, and fetch a batch's output only after later batches were
+            launched. "auto" begins with the depths `prefetch` and `in_flight` and raises them during a run where that
+            proves faster.
+        prefetch: Batches that the host prepares ahead, in a thread, 0 to 1024. 0 prepares each batch when it is needed.
+            None means 2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network;
+            "auto" begins with 2 everywhere. Used when `pipelining`.
+        in_flight: Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the
+            device memory of a batch and its output. Used when `pipelining`.
+        depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where
+            `pipelining="auto"` raises the depths.
+        defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors. False keeps stock
+            Lightning's hook order and device tensors and delays only the stored predictions. Used when `pipelining`.
+        bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them.
         num_buckets: Lengths that "auto" chooses at most, 1 to 1024.
-        bucket_multiple: Lengths that "auto" chooses are multiples of this.
-        pad_spec: Which tensors are padded and how; "tokenizer" for batches of a Hugging Face tokenizer.
-        warm_up: Run every bucket before the first batch. Used with `bucket_lengths`.
-        group_by_length: Predict samples of like lengths together; predictions come back in the dataset's order. A key
-            or a function that gives a sample's length, or one length per sample.
-        depth_memory: Bytes that the batches ahead and behind may take when `pipelining="auto"` deepens.
-        trace: A folder to which every run writes where its time went; `report` holds the newest then.
+        bucket_multiple: Lengths that "auto" chooses are multiples of this, 1 to 65536.
+        pad_spec: Which tensors of a batch are padded, in which dimension and with what, and which outputs are cut back.
+            "tokenizer" is for batches of a Hugging Face tokenizer. Used with `bucket_lengths`.
+        warm_up: Run every bucket before the first batch, so that none is captured later. Used with `bucket_lengths`.
+        group_by_length: Predict samples of like lengths together: a key or a function that gives a sample's length, or
+            one length per sample. Predictions come back in the dataset's order.
+        trace: A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -73,47 +81,47 @@ class HPUInferenceAccelerator(Accelerator):
         self,
         *,
         hpu_graphs: bool | Literal["hpu_graph", "compile", "direct"] = True,
-        async_copy: bool = True,
-        pipelining: bool | Literal["auto"] = True,
-        prefetch: int | None = None,
-        in_flight: int = 1,
-        defer_hooks: bool = True,
-        async_output: bool = False,
         graph_modules: Sequence[str] | Literal["blocks"] | None = None,
         max_graphs: int = 16,
         graph_memory: int | None = None,
         verify_graphs: int = 1,
         pad_batch: bool = False,
+        async_copy: bool = True,
+        async_output: bool = False,
+        pipelining: bool | Literal["auto"] = True,
+        prefetch: int | None = None,
+        in_flight: int = 1,
+        depth_memory: int = 2**30,
+        defer_hooks: bool = True,
         bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
         num_buckets: int = 8,
         bucket_multiple: int = 8,
         pad_spec: PadSpec | Literal["tokenizer"] | None = None,
         warm_up: bool = False,
         group_by_length: str | Sequence[int] | Callable[[Any], int] | None = None,
-        depth_memory: int = 2**30,
         trace: str | PathLike[str] | None = None,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
         self.config = InferenceConfig(
             hpu_graphs=hpu_graphs,
-            async_copy=async_copy,
-            pipelining=pipelining,
-            prefetch=prefetch,
-            in_flight=in_flight,
-            defer_hooks=defer_hooks,
-            async_output=async_output,
             graph_modules=graph_modules,
             max_graphs=max_graphs,
             graph_memory=graph_memory,
             verify_graphs=verify_graphs,
             pad_batch=pad_batch,
+            async_copy=async_copy,
+            async_output=async_output,
+            pipelining=pipelining,
+            prefetch=prefetch,
+            in_flight=in_flight,
+            depth_memory=depth_memory,
+            defer_hooks=defer_hooks,
             bucket_lengths=bucket_lengths,
             num_buckets=num_buckets,
             bucket_multiple=bucket_multiple,
             pad_spec=pad_spec,
             warm_up=warm_up,
             group_by_length=group_by_length,
-            depth_memory=depth_memory,
             trace=trace,
         )
         self.report: Report | None = None

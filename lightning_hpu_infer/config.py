@@ -12,10 +12,15 @@ from lightning_hpu_infer.lengths.pad import PadSpec
 class InferenceConfig:
     """What `HPUInferenceAccelerator` was asked to do. Each technique is one flag; the rest are its options.
 
+    The texts below are the only source: `make options` writes them into the accelerator's docstring and into
+    docs/options.md, grouped by the comments.
+
     Raises:
         TypeError: If a value is of the wrong type.
         ValueError: If a value is out of its range, or does nothing without another.
     """
+
+    # HPU graphs
 
     hpu_graphs: bool | Literal["hpu_graph", "compile", "direct"] = True
     """Trace `predict_step` with TorchDynamo and replay what it does: as HPU graphs in lazy mode, by `hpu_backend` in
@@ -23,58 +28,70 @@ class InferenceConfig:
     of the two; "compile" also compiles on the CPU, with torch's inductor. "direct" captures the modules that
     `graph_modules` names without TorchDynamo, unguarded and not verified."""
 
-    async_copy: bool = True
-    """Stage inputs in pinned host memory, so that their copy to the device does not hold up the host."""
-
-    pipelining: bool | Literal["auto"] = True
-    """Prepare later batches in a thread and fetch a batch's output only after later batches were launched. "auto"
-    begins with the depths `prefetch` and `in_flight` and deepens them during a run where that proves faster."""
-
-    prefetch: int | None = None
-    """Batches that the host prepares ahead, in a thread. 0 prepares each batch when it is needed. None means 2 on an
-    HPU, and 0 on the CPU, where no device waits and a thread takes time from the network; "auto" begins with 2
-    everywhere. Used when `pipelining`."""
-
-    in_flight: int = 1
-    """Batches whose output may wait on the device while a later one is launched. Used when `pipelining`."""
-
-    defer_hooks: bool = True
-    """Run the end hooks of a batch when its output has arrived, with host tensors. `False` keeps stock Lightning's
-    hook order and device tensors and delays only the stored predictions. Used when `pipelining`."""
-
-    async_output: bool = False
-    """Copy outputs into pinned host memory as soon as they are computed, without waiting, instead of late and waiting.
-    Used when `pipelining`."""
-
     graph_modules: Sequence[str] | Literal["blocks"] | None = None
     """Modules to trace by themselves instead of the whole step, by their names in the LightningModule. "blocks" means
     the children of each `nn.ModuleList` that are alike, which are traced once per kind. Used when `hpu_graphs`."""
 
     max_graphs: int = 16
-    """Captured graphs per traced graph and set of weights, that is, shapes. Used when `hpu_graphs`."""
+    """Captured graphs, that is, shapes, per traced graph and set of weights, 1 to 65536. Used when `hpu_graphs`."""
 
     graph_memory: int | None = None
     """Bytes of device memory that these may take; None sets no bound. Used when `hpu_graphs`."""
 
     verify_graphs: int = 1
-    """Replays of each new graph that are compared with the plain ops, besides the capturing call. 0 compares none.
-    Used when `hpu_graphs`."""
+    """Replays of each new graph that are compared with the plain ops, besides the capturing call, 0 to 65536. 0
+    compares none. Used when `hpu_graphs`."""
 
     pad_batch: bool = False
     """Let a batch with fewer rows than a captured graph use it: rows are added to the graph's inputs and cut from its
     outputs. Used when `hpu_graphs`."""
 
+    # Copies
+
+    async_copy: bool = True
+    """Copy inputs to pinned host memory first, so that their copy to the device does not hold up the host."""
+
+    async_output: bool = False
+    """Copy outputs to pinned host memory as soon as they are computed, without waiting, instead of late and waiting.
+    Used when `pipelining`."""
+
+    # Pipelining
+
+    pipelining: bool | Literal["auto"] = True
+    """Prepare later batches in a thread, and fetch a batch's output only after later batches were launched. "auto"
+    begins with the depths `prefetch` and `in_flight` and raises them during a run where that proves faster."""
+
+    prefetch: int | None = None
+    """Batches that the host prepares ahead, in a thread, 0 to 1024. 0 prepares each batch when it is needed. None means
+    2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network; "auto" begins with 2
+    everywhere. Used when `pipelining`."""
+
+    in_flight: int = 1
+    """Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the device
+    memory of a batch and its output. Used when `pipelining`."""
+
+    depth_memory: int = 2**30
+    """Bytes that the batches ahead, and the batches and outputs behind, may take where `pipelining="auto"` raises the
+    depths."""
+
+    defer_hooks: bool = True
+    """Run the end hooks of a batch when its output has arrived, with host tensors. False keeps stock Lightning's hook
+    order and device tensors and delays only the stored predictions. Used when `pipelining`."""
+
+    # Lengths
+
     bucket_lengths: Sequence[int] | Literal["auto"] | None = None
     """Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them."""
 
     num_buckets: int = 8
-    """Lengths that "auto" chooses at most."""
+    """Lengths that "auto" chooses at most, 1 to 1024."""
 
     bucket_multiple: int = 8
-    """Lengths that "auto" chooses are multiples of this."""
+    """Lengths that "auto" chooses are multiples of this, 1 to 65536."""
 
     pad_spec: PadSpec | Literal["tokenizer"] | None = None
-    """Which tensors of a batch are padded, in which dimension and with what, and which outputs are cut back."""
+    """Which tensors of a batch are padded, in which dimension and with what, and which outputs are cut back.
+    "tokenizer" is for batches of a Hugging Face tokenizer. Used with `bucket_lengths`."""
 
     warm_up: bool = False
     """Run every bucket before the first batch, so that none is captured later. Used with `bucket_lengths`."""
@@ -83,8 +100,7 @@ class InferenceConfig:
     """Predict samples of like lengths together: a key or a function that gives a sample's length, or one length per
     sample. Predictions come back in the dataset's order."""
 
-    depth_memory: int = 2**30
-    """Bytes that the batches ahead, and the batches and outputs behind, may take when `pipelining="auto"` deepens."""
+    # Observation
 
     trace: str | PathLike[str] | None = None
     """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""
@@ -139,7 +155,7 @@ class InferenceConfig:
             raise TypeError(f"`group_by_length` must be a key, a function or a list of lengths, got {group!r}.")
 
     def prefetch_depth(self, device_type: str) -> int:
-        """Batches to prepare ahead where the network runs on a device of that type."""
+        """Batches to prepare ahead where the network runs on a device of that type ("hpu" or "cpu")."""
         if not self.pipelining:
             return 0
         if self.prefetch is not None:

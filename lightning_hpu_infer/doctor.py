@@ -183,7 +183,7 @@ def _check_lightning_habana(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         Level.WARNING,
         f"lightning-habana {facts.lightning_habana} cannot be imported beside Lightning {facts.lightning}. Prediction"
-        " does without it; its precision plugin and strategies are missing.",
+        " does not need it; only its precision plugin and strategies are missing.",
         f"If you need them: pip install 'lightning=={_LAST_FOR_HABANA}'. If not: pip uninstall lightning-habana",
     )
 

@@ -1,4 +1,4 @@
-"""The prefetching stage: a host thread that prepares batches ahead of the device."""
+"""A host thread that prepares batches ahead of the device."""
 
 import contextvars
 import queue
@@ -34,7 +34,7 @@ class Prefetcher(Generic[T]):
         source: What to iterate over. With a thread, only the thread touches it.
         depth: Items ahead of the consumer.
         context: Makes the context that the thread runs in. Grad and inference mode are per thread in torch, so a
-            thread that handles tensors has to enter its own.
+            thread that handles tensors has to enter them itself.
 
     Example::
 

@@ -1,5 +1,8 @@
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,10 +42,20 @@ def test_a_value_of_the_wrong_type_is_named(flags: dict[str, Any], message: str)
 
 def test_the_accelerator_takes_exactly_the_fields_of_the_config_with_its_defaults() -> None:
     parameters = signature(HPUInferenceAccelerator).parameters
-    assert {name: parameter.default for name, parameter in parameters.items()} == {
-        field.name: field.default for field in fields(InferenceConfig)
-    }
+    assert [(name, parameter.default, parameter.annotation) for name, parameter in parameters.items()] == [
+        (field.name, field.default, field.type) for field in fields(InferenceConfig)
+    ]
     assert HPUInferenceAccelerator().config == InferenceConfig()
+
+
+def test_docstring_and_page_have_the_texts_of_the_config() -> None:
+    """`make options` writes them."""
+    script = Path(__file__).parents[1] / "docs" / "make_options.py"
+    assert subprocess.run([sys.executable, str(script), "--check"], timeout=60, check=False).returncode == 0
+    page = (script.parent / "options.md").read_text()
+    assert [name for name in signature(HPUInferenceAccelerator).parameters if f"| `{name}` |" not in page] == []
+    readme = (script.parents[1] / "README.md").read_text()
+    assert [name for name in signature(HPUInferenceAccelerator).parameters if f"`{name}`" not in readme] == []
 
 
 def test_the_config_is_frozen_and_keyword_only() -> None:

@@ -96,7 +96,7 @@ class Buckets:
             self._warned = True
             rank_zero_warn(
                 f"A batch of length {length} is longer than the largest of `bucket_lengths`, {max(self.chosen or [0])}:"
-                " it is not padded. Such lengths get graphs of their own; add a bucket for them."
+                " it is not padded. Each such length needs another graph; add a bucket for it."
             )
         return length
 

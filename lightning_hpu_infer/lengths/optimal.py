@@ -78,8 +78,8 @@ def _never_lowest(left: int, middle: int, right: int, slope: list[int], height: 
 
 def bucket_of(length: int, buckets: Sequence[int]) -> int | None:
     """The smallest of ascending `buckets` that holds `length`, or None if none does."""
-    place = bisect_left(buckets, length)
-    return buckets[place] if place < len(buckets) else None
+    found = bisect_left(buckets, length)
+    return buckets[found] if found < len(buckets) else None
 
 
 def padding_waste(lengths: Iterable[int], buckets: Sequence[int]) -> tuple[int, int]:

@@ -79,8 +79,8 @@ def grouped_order(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
         indices: Samples in stock order. An index that is there twice stays there twice.
         lengths: One for each of `indices`.
     """
-    by_length = sorted(range(len(indices)), key=lambda place: -lengths[place])
-    return [indices[place] for place in by_length]
+    by_length = sorted(range(len(indices)), key=lambda position: -lengths[position])
+    return [indices[position] for position in by_length]
 
 
 class Reordered:
@@ -110,11 +110,11 @@ class Reordered:
         # With a limit, the samples are those that stock Lightning would predict.
         self._samples = list(batches.sampler)[: int(min(max_batches * size, 2**62))]
         lengths = lengths_of(loader.dataset, self._samples, by)
-        # Places, not samples, since a sampler may repeat one.
+        # Positions, not samples, since a sampler may repeat one.
         order = grouped_order(range(len(self._samples)), lengths)
-        batches.sampler = [self._samples[place] for place in order]
+        batches.sampler = [self._samples[position] for position in order]
         self._batches = [order[start : start + size] for start in range(0, len(order), size)]
-        self.longest = [max(lengths[place] for place in batch) for batch in self._batches]
+        self.longest = [max(lengths[position] for position in batch) for batch in self._batches]
         """Length of each batch, as `by` tells it."""
         self._restorer = Restorer(range(len(order)), size)
         self._count = 0
@@ -146,4 +146,4 @@ class Reordered:
 
     def batch_indices(self) -> list[list[int]]:
         """The dataset's indices of each batch of stock Lightning."""
-        return [[self._samples[place] for place in batch] for batch in self._restorer.batch_indices()]
+        return [[self._samples[position] for position in batch] for batch in self._restorer.batch_indices()]

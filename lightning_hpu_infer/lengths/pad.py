@@ -117,7 +117,7 @@ class PadSpec:
             padded: The length after padding, if outputs are to be checked for it.
 
         Raises:
-            ValueError: If a named output is not there, or has not the padded length in its dimension.
+            ValueError: If a named output is not there, or does not have the padded length in its dimension.
         """
         for name, dim in self.outputs.items():
             tensor = _get(output, _path(name))
@@ -128,19 +128,19 @@ class PadSpec:
             size = _size(tensor, dim, name)
             if size < length or padded not in (None, size):
                 raise ValueError(
-                    f"Output {_shown(name)} of shape {tuple(tensor.shape)} has not the padded length"
+                    f"Output {_shown(name)} of shape {tuple(tensor.shape)} does not have the padded length"
                     f" {padded or f'of at least {length}'} in dimension {dim}. Correct `outputs` of the `PadSpec`."
                 )
             output = _put(output, _path(name), _narrowed(tensor, dim, length, self.side))
         return output
 
     def _inputs_of(self, batch: Any) -> Iterator[tuple[str, Pad, Tensor]]:
-        for place, (name, pad) in enumerate(self.inputs.items()):
+        for number, (name, pad) in enumerate(self.inputs.items()):
             tensor = _get(batch, _path(name))
             if isinstance(tensor, Tensor):
                 _size(tensor, pad.dim, name)
                 yield name, pad, tensor
-            elif place == 0 or tensor is not None:
+            elif number == 0 or tensor is not None:
                 found = "" if tensor is None else f" (it is of type {type(tensor).__name__})"
                 raise ValueError(
                     f"The batch has no tensor {_shown(name)}{found}, which `PadSpec` names. It has {_names_in(batch)}."

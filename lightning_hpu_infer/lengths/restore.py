@@ -64,7 +64,7 @@ class Restorer:
 
     Args:
         order: The samples in stock order, batch after batch, without those that stock Lightning drops. An index may be
-            there several times: its first output then belongs to its first place, and so on.
+            there several times: its first output then goes to its first position, and so on.
         batch_size: Samples in each of stock Lightning's batches but the last.
     """
 
@@ -74,12 +74,12 @@ class Restorer:
         self._order = [index(i) for i in order]
         self._batch_size = batch_size
         self._rows: list[tuple[Any, ...] | None] = [None] * len(self._order)
-        self._places: dict[int, deque[int]] = defaultdict(deque)
-        for place, i in enumerate(self._order):
-            self._places[i].append(place)
+        self._slots: dict[int, deque[int]] = defaultdict(deque)
+        for slot, i in enumerate(self._order):
+            self._slots[i].append(slot)
         self._kinds: dict[_Path, _Kind] = {}
         self._first: Any = None
-        # Batches of one sample are put back whole, whatever they are.
+        # Batches of one sample are not split, whatever they are.
         self._whole = min(batch_size, len(self._order)) == 1
 
     def add(self, indices: Sequence[int], output: Any) -> None:
@@ -105,9 +105,9 @@ class Restorer:
             columns = list(self._columns(output, count, ()))
             rows = list(zip(*columns, strict=True)) if columns else [()] * count
         for i, row in zip(indices, rows, strict=True):
-            if not (places := self._places.get(index(i))):
+            if not (slots := self._slots.get(index(i))):
                 raise ValueError(f"Sample {index(i)} was predicted more often than it is in the stock order.")
-            self._rows[places.popleft()] = row
+            self._rows[slots.popleft()] = row
 
     def batches(self) -> list[Any]:
         """The outputs in stock order: tensors stacked, collections of the same types, one for each stock batch.
@@ -181,7 +181,7 @@ def _same_names(now: _Kind, kind: _Kind) -> bool:
 
 
 def _kinds(data: Any, count: int, path: _Path) -> Iterator[tuple[_Path, _Kind]]:
-    """How to read an output, as its first batch tells: for each place in it."""
+    """How to read an output, as its first batch tells: for each path in it."""
     kind = _kind(data, count, path, as_samples=isinstance(data, list) and _is_per_sample(data, count, path))
     yield path, kind
     if isinstance(kind, _Collection):
