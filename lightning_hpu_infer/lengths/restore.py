@@ -66,6 +66,9 @@ class Restorer:
         order: The samples in stock order, batch after batch, without those that stock Lightning drops. An index may be
             there several times: its first output then goes to its first position, and so on.
         batch_size: Samples in each of stock Lightning's batches but the last.
+
+    Raises:
+        ValueError: If `batch_size` is not positive.
     """
 
     def __init__(self, order: Sequence[int], batch_size: int) -> None:
