@@ -14,8 +14,8 @@ from lightning_hpu_infer.emulator.runtime import Runtime
 from lightning_hpu_infer.emulator.storage import Cell, Spec, Storage
 from lightning_hpu_infer.emulator.tensor import HpuTensor, wrap, wrap_view
 
-# What lets dynamo trace through an HpuTensor: the protocol of PyTorch's wrapper subclasses, with nothing inside, and
-# with a plain fake tensor on "hpu" in its place. So nothing of the emulator runs while dynamo traces.
+# What lets dynamo trace through an HpuTensor: the protocol of PyTorch's wrapper subclasses, without inner tensors.
+# While dynamo traces, a plain fake tensor on "hpu" stands for each, so that nothing of the emulator runs.
 
 
 def tensor_flatten(tensor: HpuTensor) -> tuple[list[str], torch.dtype]:
@@ -68,7 +68,7 @@ class CompiledGraph:
         """Call the graph's ops; fill `recording` instead of launching them, if they can be recorded."""
         for arg in args:
             if isinstance(arg, HpuTensor):
-                arg._cell.storage.virgin = False  # or the program would allocate it anew
+                arg._cell.storage.virgin = False  # or the program would allocate it
         with rt.gather():
             key = _key(args)
             results: Sequence[Any] = self._forward(*args)
@@ -97,18 +97,18 @@ def _key(args: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 class _Recording:
-    """A graph's device work, to be launched with other arguments; each launch has results of its own."""
+    """A graph's device work, to be launched with other arguments; each launch makes new results."""
 
     def __init__(self) -> None:
         self.complete = False
         self._program: Program | None = None
         self._inputs: list[tuple[int, int | Cell]] = []
-        """Register, and the argument that it is read from; a cell if it is none, such as a constant."""
+        """Register, and the argument that it is read from; a cell if it is no argument, such as a constant."""
         self._new: list[tuple[int, Spec]] = []
         self._outputs: list[tuple[str, Any, Spec | None]] = []
 
     def fill(self, queue: LazyQueue, args: Sequence[Any], results: Sequence[Any]) -> None:
-        """Take over what the graph has queued; incomplete if a result is none of the device's work."""
+        """Record what the graph has queued; incomplete if a result does not come from the device."""
         sources: dict[Cell, int] = {}
         for index, arg in enumerate(args):
             if isinstance(arg, HpuTensor):

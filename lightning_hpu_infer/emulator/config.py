@@ -19,8 +19,8 @@ class EmulatorConfig:
     program_ms: float = 0.0
     """Least duration of a launched program (a replay or a flushed lazy graph) on the compute queue.
 
-    It stands for a network's time, so programs that only move or cast device memory, as the copies that own a graph's
-    outputs do, take what they take on the CPU."""
+    It stands for the time of a network. Programs that only move or cast device memory, such as clones of a graph's
+    outputs, take as long as on the CPU."""
     h2d_gbps: float = 0.0
     """Host-to-device bandwidth in 10^9 bytes per second."""
     d2h_gbps: float = 0.0

@@ -46,7 +46,7 @@ def host_to_device(rt: Runtime, dst: HpuTensor, src: torch.Tensor, *, non_blocki
     def work() -> None:
         start = time.perf_counter()
         if whole:
-            # The old memory may be what a reader still holds: write in place, as DMA does.
+            # A reader may still use the old memory: write in place, as DMA does.
             storage.error = None
             if storage.value is None:
                 storage.value = spec.empty()
@@ -86,7 +86,7 @@ def _narrow(src: torch.Tensor) -> torch.Tensor:
 def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocking: bool, cause: str) -> None:
     """Copy `src` into `dst`; waits for the producer of `src` only, not for what was queued behind it."""
     rt.note_host_work()
-    # Whatever is pending is launched, not only what `src` depends on (bridge: lazy_kernels.cpp:694-708).
+    # Everything pending is launched, not only what `src` depends on (bridge: lazy_kernels.cpp:694-708).
     if rt.is_pending(src._cell.storage):
         rt.flush(cause)
     storage, spec = src._cell.storage, src._spec
@@ -154,17 +154,17 @@ def _copy_(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[st
 def _to_copy(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     src: HpuTensor = args[0]
     device = kwargs.get("device")
-    own = {name: kwargs[name] for name in ("dtype", "memory_format") if kwargs.get(name) is not None}
+    options = {name: kwargs[name] for name in ("dtype", "memory_format") if kwargs.get(name) is not None}
     if device is None or device.type == "hpu":
-        return run(rt, func, (src,), own)  # type: ignore[no-any-return]
+        return run(rt, func, (src,), options)  # type: ignore[no-any-return]
     if device.type == "meta":
-        return torch.empty_strided(src.shape, src.stride(), dtype=own.get("dtype", src.dtype), device="meta")
+        return torch.empty_strided(src.shape, src.stride(), dtype=options.get("dtype", src.dtype), device="meta")
     if device.type != "cpu":
         raise RuntimeError(f"the emulated HPU copies to the CPU only, not to {device}; go through .cpu()")
-    if own.get("dtype", src.dtype) is not src.dtype:
-        src = run(rt, func, (src,), {"dtype": own["dtype"]})
+    if options.get("dtype", src.dtype) is not src.dtype:
+        src = run(rt, func, (src,), {"dtype": options["dtype"]})
     twin = torch.empty_strided(src.shape, src.stride(), dtype=src.dtype, device="meta")
-    layout = torch.empty_like(twin, memory_format=own.get("memory_format", torch.preserve_format))
+    layout = torch.empty_like(twin, memory_format=options.get("memory_format", torch.preserve_format))
     dst = Spec.fresh(layout).empty()
     device_to_host(rt, dst, src, non_blocking=bool(kwargs.get("non_blocking")), cause="d2h")
     return dst

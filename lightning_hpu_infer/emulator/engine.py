@@ -33,10 +33,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, task: Task, reads: Iterable[Storage] = (), writes: Collection[Storage] = ()) -> Task:
-        """Queue `task` behind whatever wrote `reads`, and wrote or read `writes`, on other queues.
+        """Queue `task` after the tasks of other queues that wrote `reads`, or wrote or read `writes`.
 
         Order within this queue is FIFO and needs no entry. Stream 0 orders its queues by address in the same way
-        (bridge: hpu_habana_cache.cpp:1558-1585). If the task fails, whoever reads `writes` gets its error.
+        (bridge: hpu_habana_cache.cpp:1558-1585). If the task fails, reading `writes` raises its error.
         """
         deps: list[Task] = self.after
         self.after = []
@@ -110,6 +110,6 @@ class Engine:
 
 
 def sleep_until(deadline: float) -> None:
-    """Sleep to `deadline` on the `time.perf_counter` clock; never holds the GIL."""
+    """Sleep to `deadline` on the `time.perf_counter` clock, without the GIL."""
     while (rest := deadline - time.perf_counter()) > 0:
         time.sleep(rest)

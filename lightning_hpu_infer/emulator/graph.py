@@ -109,7 +109,7 @@ class HPUGraph:
         self._launch({})
 
     def replay_with(self, tensors: Sequence[Any]) -> None:
-        """Run with the caller's tensors in place of the matched inputs (``replayV3``)."""
+        """Run with the caller's tensors instead of the matched inputs (``replayV3``)."""
         bound: dict[int, Storage] = {}
         copies = []
         if len(tensors) != len(self._user_inputs):
@@ -132,7 +132,7 @@ class HPUGraph:
                 bound[self._user_slots[index]] = tensor._cell.storage
         self._launch(bound)
         del copies  # a result that no tensor shows at the flush in `_launch` would not be computed
-        # The caller's first tensors are not kept: each call brings its own (bridge: HPUGraph.cpp:547-553).
+        # The first tensors are not kept, since each call brings new ones (bridge: HPUGraph.cpp:547-553).
         self.clear_inputs()
 
     def _launch(self, bound: dict[int, Storage]) -> None:

@@ -109,7 +109,7 @@ def install(config: EmulatorConfig | None = None) -> None:
     sys.path[:] = [folder for folder in sys.path if folder != _BRIDGE]
     found = importlib.util.find_spec(_PACKAGE)
     if found is not None:
-        where = found.origin or next(iter(found.submodule_search_locations or ["unknown place"]))
+        where = found.origin or next(iter(found.submodule_search_locations or ["an unknown location"]))
         raise RuntimeError(
             f"a real {_PACKAGE} is installed ({where}) and the emulator will not shadow it; use the device,"
             " or install the emulator in an environment without the Gaudi software"
@@ -119,7 +119,7 @@ def install(config: EmulatorConfig | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Run what was launched, end the device threads and put everything back; nothing to do if not installed."""
+    """Run what was launched, end the device threads and restore torch; does nothing if not installed."""
     global _installation
     if _installation is None:
         return
@@ -163,7 +163,7 @@ def start_timeline() -> None:
 def stop_timeline() -> list[DeviceSpan]:
     """Record no more and return the work done since `start_timeline`, in the order in which it began.
 
-    Whatever the caller has waited for is in it; work that has not ended is not, nor are ops that run on values
+    It contains all work that the caller has waited for. It lacks work that has not ended, and ops that run on values
     (CPU fallbacks, shapes that depend on data). Empty if nothing was started.
     """
     return runtime.current().timeline.stop()

@@ -53,13 +53,14 @@ class Plan:
         self.kwargs = {name: value for name, value in kwargs.items() if type(value) is not Slot}
         self.args = tuple(None if type(arg) is Slot else arg for arg in args)
         self.singles: list[tuple[int | str, int]] = []
+        """Position or name of an argument, and the index of its tensor."""
         self.lists: list[tuple[int | str, list[Any]]] = []
-        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for place, arg in places:
+        arguments: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for position, arg in arguments:
             if type(arg) is Slot:
-                self.singles.append((place, arg.index))
+                self.singles.append((position, arg.index))
             elif type(arg) in (list, tuple) and any(type(item) is Slot for item in arg):
-                self.lists.append((place, list(arg)))
+                self.lists.append((position, list(arg)))
         self.views = views
         self.writes = writes
         self.outputs: list[Any] = []
@@ -72,20 +73,20 @@ class Plan:
         return bool(self.new or self.writes)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Run the op on these tensors in place of the call's."""
+        """Run the op on these tensors instead of the planned call's."""
         args: list[Any] = list(self.args)
         kwargs = self.kwargs.copy() if self.kwargs else {}
-        for place, index in self.singles:
-            if type(place) is int:
-                args[place] = tensors[index]
+        for position, index in self.singles:
+            if type(position) is int:
+                args[position] = tensors[index]
             else:
-                kwargs[place] = tensors[index]  # type: ignore[index]
-        for place, items in self.lists:
+                kwargs[position] = tensors[index]  # type: ignore[index]
+        for position, items in self.lists:
             filled = [tensors[item.index] if type(item) is Slot else item for item in items]
-            if type(place) is int:
-                args[place] = filled
+            if type(position) is int:
+                args[position] = filled
             else:
-                kwargs[place] = filled  # type: ignore[index]
+                kwargs[position] = filled  # type: ignore[index]
         return self.func(*args, **kwargs)
 
     def _call_twins(self, specs: Sequence[tuple[Spec, Spec]], device: str) -> tuple[list[torch.Tensor], Any]:
@@ -120,7 +121,7 @@ class Plan:
                 values[register] = _settle(result[position], spec)
 
     def predict(self, specs: Sequence[tuple[Spec, Spec]]) -> None:
-        """Fill in the outputs. `specs` has each tensor's base layout and its own."""
+        """Fill in the outputs. `specs` has the layouts of each tensor's storage and of the tensor."""
         if self.func in _PREDICT_ON_CPU:
             twins, result = self._call_twins(specs, "cpu")
         else:
@@ -185,7 +186,7 @@ def make_plan(
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)
     if torch.Tag.nondeterministic_seeded in func.tags and any(arg.name == "generator" for arg in schema.arguments):
-        # The device has its own random state: device threads must not disturb the host's.
+        # Device threads must not change the host's random state.
         kwargs = {**kwargs, "generator": kwargs.get("generator") or generator}
     writes: list[int] = []
     for position, argument in enumerate(schema.arguments):

@@ -39,7 +39,7 @@ class Program:
         self.frees = tuple(map(tuple, frees))
 
     def run(self, env: Sequence[Storage | None]) -> None:
-        """Execute; `env` has the storage of each input and of each output that somebody still wants."""
+        """Execute; `env` has the storage of each input and of each output that a tensor still shows."""
         values: list[object] = [None] * self.num_registers
         for register in self.inputs:
             storage = env[register]

@@ -88,7 +88,7 @@ class Registration:
             raise
 
     def undo(self) -> None:
-        """Put torch back as it was."""
+        """Restore torch."""
         while self._undo:
             self._undo.pop()()
 
@@ -156,7 +156,7 @@ class Registration:
         self._patch(HpuTensor, "__tensor_unflatten__", staticmethod(compiled.tensor_unflatten))
         self._patch(HpuTensor, "_is_view", compiled.is_view)
         # A module would swap its parameters' contents with such tensors, which PyTorch refuses where dynamo has guards.
-        # So would a parametrization.
+        # A parametrization would do the same.
         for modules in (torch.nn.modules.module, torch.nn.utils.parametrize):
             self._patch(modules, is_traceable_wrapper_subclass.__name__, _is_traceable)
         before = list(trace_rules.SKIP_DIRS)
@@ -171,7 +171,7 @@ class Registration:
         self._patch(FakeTensorMode, "avoid_device_init", property(lambda mode: True))
 
     def _name_modules(self) -> None:
-        """Put the bridge's hooks on every module that becomes a child of another one."""
+        """Register the bridge's hooks on every module that becomes a child of another one."""
         from torch._dynamo import trace_rules
 
         hooks = importlib.import_module("habana_frameworks.torch.core.torch_overwrites")

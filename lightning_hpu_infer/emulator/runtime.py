@@ -46,7 +46,7 @@ class Runtime:
         self.interrupted = False
         """Whether the host worked on values since the last `gather` began."""
         self._gathering = 0
-        """The thread that gathers ops into one program though the mode is eager; it holds the lock."""
+        """The thread that gathers ops into one program in eager mode, and has the lock; 0 if there is none."""
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.programs: dict[tuple[Any, ...], Program] = {}
         self.compiled: set[tuple[Any, ...]] = set()
@@ -121,7 +121,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def gather(self) -> Iterator[None]:
-        """Queue this thread's ops inside, as in lazy mode; other threads' ops wait. Whoever gathers also flushes."""
+        """Queue this thread's ops inside, as in lazy mode; other threads' ops wait. The caller flushes."""
         with self.lock:
             self.interrupted, self._gathering = False, threading.get_ident()
             try:
@@ -170,7 +170,7 @@ class Runtime:
             time.sleep(self.config.launch_us * 1e-6)
         if not single:
             self._compile(program)
-        # An input is always there; an output is not if nobody wants it any more.
+        # An input always has a storage, an output only while a tensor shows it.
         reads = [storage for register in program.inputs if (storage := env[register]) is not None]
         written = (*program.outputs, *program.mutated)
         writes = [storage for register in written if (storage := env[register]) is not None]
@@ -226,7 +226,7 @@ class Runtime:
             raise error.with_traceback(None)
 
     def wait_all(self, tasks: Iterable[Task | None]) -> None:
-        """Wait like `wait`, and leave errors to whoever reads the results.
+        """Wait like `wait`, and leave errors to those who read the results.
 
         Counted as one wait even if all is done already, so that the counter does not depend on timing.
         """

@@ -59,7 +59,7 @@ class EventState:
     def synchronize(self) -> None:
         """Wait for that work; a pageable destination of an asynchronous copy may still be empty then.
 
-        Nobody would learn from its destination that a copy to the host has failed, so that is raised here.
+        An error of a copy to the host is raised here, since its destination does not show it.
         """
         rt = runtime.current()
         rt.wait_all(self._tasks or ())

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 Handler = Callable[[Runtime, OpOverload, tuple[Any, ...], dict[str, Any]], Any]
 
 HANDLERS: dict[OpOverload, Handler] = {}
-"""Ops that are not simply queued; `copies` and `random` add theirs."""
+"""Ops that are not simply queued; `copies` and `substitutes` add others."""
 
 # Composite ops that the device runs whole; all others are taken apart when they arrive so (under inference mode).
 _WHOLE = frozenset(
@@ -40,7 +40,7 @@ _CONVOLUTIONS = frozenset({aten.convolution.default, aten.conv1d.default, aten.c
 
 
 class HpuTensor(torch.Tensor):
-    """A tensor of the emulated device: a cell and a layout in it, without memory of its own."""
+    """A tensor of the emulated device: a cell and a layout in it. It has no storage of PyTorch's."""
 
     _cell: Cell
     _spec: Spec
@@ -62,7 +62,7 @@ class HpuTensor(torch.Tensor):
     @property
     def data(self) -> torch.Tensor:
         """The same memory without autograd; assigning points this tensor to the memory of another one."""
-        # Asked for at each access: a program may replace torch's own to watch assignments.
+        # Looked up in each access: a program may replace torch's descriptor to watch assignments.
         data: Any = torch.Tensor.data
         return data.__get__(self)  # type: ignore[no-any-return]
 
@@ -150,7 +150,7 @@ def allocate(spec: Spec) -> HpuTensor:
 
 
 def constant(value: torch.Tensor) -> HpuTensor:
-    """Make a tensor that has `value`, which nobody else may change, from the start."""
+    """Make a tensor whose contents are `value`, which the caller must not change afterwards."""
     storage = Storage(runtime.current().memory, Spec.fresh(value))
     storage.value = value
     return wrap(Cell(storage), storage.spec)
@@ -229,7 +229,7 @@ def _present(plan: Plan, made: list[Cell], tensors: list[HpuTensor]) -> Any:
 
 
 def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload) -> Any:
-    """Replace tensors by slots and add to the plan's key whatever the plan depends on."""
+    """Replace tensors by slots and add to the plan's key what the plan depends on."""
     kind = type(value)
     if kind is HpuTensor:
         tensors.append(value)
@@ -244,7 +244,7 @@ def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload
     if kind is torch.device and value.type == "hpu":
         value = torch.device("cpu")
     key.append(kind)
-    # 0.0 and -0.0 are equal, and the plan holds the value itself.
+    # 0.0 and -0.0 are equal, and the plan contains the value.
     key.append(value if kind is not float or value else repr(value))
     return value
 
@@ -303,8 +303,8 @@ def _on_values(
             return type(value)(map(present, value))
         if not isinstance(value, torch.Tensor):
             return value
-        for tensor, own in zip(tensors, inputs, strict=True):
-            if value is own:
+        for tensor, base in zip(tensors, inputs, strict=True):
+            if value is base:
                 return tensor
         return constant(value.clone())
 
@@ -318,7 +318,7 @@ def _detach(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[s
 
 def _view_in_place(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
     tensor: HpuTensor = args[0]
-    with no_dispatch():  # the generic kernel changes the wrapper's own sizes and strides
+    with no_dispatch():  # the generic kernel changes sizes and strides of the wrapper
         func(*args, **kwargs)
         tensor._spec = Spec.get(tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
     return tensor

@@ -1,4 +1,4 @@
-"""``torch.compile(..., backend="hpu_backend")`` on the emulator: dynamo's own tracing, the emulator's programs."""
+"""``torch.compile(..., backend="hpu_backend")`` on the emulator: dynamo's tracing, the emulator's programs."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_graph_break_is_two_programs(eager: None) -> None:
     compiled = _compiled(branch)
     for sign, expected in ((1.0, [3.0, 3.0]), (-1.0, [-3.0, -3.0]), (1.0, [3.0, 3.0])):
         assert compiled(torch.full((2,), sign).to("hpu")).tolist() == expected
-    # The emulator's own functions, which run between the graphs, are none of dynamo's business.
+    # Dynamo does not trace functions of the emulator, which run between the graphs.
     assert (emulator.stats().compiled_calls, emulator.stats().programs) == (6, 6)
 
 
@@ -342,7 +342,7 @@ def test_options(eager: None) -> None:
     assert known(torch.ones(1).to("hpu")).item() == 2.0
     assert _compiled(lambda x: x + 2, mode="reduce-overhead")(torch.ones(1).to("hpu")).item() == 3.0
     unknown = _compiled(lambda x: x + 3, options={"use_graphs": True})
-    # The backend's own error, an AttributeError, which dynamo wraps.
+    # The backend raises an AttributeError, which dynamo wraps.
     with pytest.raises(BackendCompilerFailed, match=r"AttributeError: .*config\.use_graphs does not exist") as caught:
         unknown(torch.ones(1).to("hpu"))
     assert isinstance(caught.value.inner_exception, AttributeError)

@@ -48,9 +48,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     with installed():
         from habana_frameworks.torch.utils import debug
 
-        told: list[str] = []
-        monkeypatch.setattr(debug, "_set_module_name", told.append)
-        yield told
+        names: list[str] = []
+        monkeypatch.setattr(debug, "_set_module_name", names.append)
+        yield names
 
 
 def test_every_child_is_named_once(emulated: None) -> None:
@@ -104,10 +104,10 @@ def test_no_hooks_in_eager_mode() -> None:
 
 def test_uninstall_takes_the_hooks_off() -> None:
     before = (nn.Module.__setattr__, nn.Module.add_module)
-    own: list[str] = []
+    called: list[str] = []
     with installed():
         net = Outer()
-        net.first.register_forward_hook(lambda module, args, output: own.append("called"))
+        net.first.register_forward_hook(lambda module, args, output: called.append("called"))
         plain = set(vars(nn.ReLU()))
         twin = copy.deepcopy(net)
         wrapped: Any = nn.Module.__setattr__
@@ -119,8 +119,8 @@ def test_uninstall_takes_the_hooks_off() -> None:
     assert set(vars(net.rest[0])) == plain
     x = torch.ones(1, 2)
     assert torch.equal(net(x), twin(x))  # the copy still has them
-    assert own == ["called"] * 2
-    wrapped(net, "late", nn.ReLU())  # somebody has kept the wrapper
+    assert called == ["called"] * 2
+    wrapped(net, "late", nn.ReLU())  # through a wrapper that was kept
     assert _hooks(net.late) == []  # type: ignore[arg-type]
 
 

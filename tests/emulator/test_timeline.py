@@ -68,8 +68,8 @@ def test_spans_of_a_queue_do_not_overlap() -> None:
         spans = emulator.stop_timeline()
     assert spans == sorted(spans, key=lambda span: span.start)
     for queue in ("compute", "h2d", "d2h"):
-        own = [span for span in spans if span.queue == queue]
-        assert all(before.end <= after.start for before, after in itertools.pairwise(own))
+        of_queue = [span for span in spans if span.queue == queue]
+        assert all(before.end <= after.start for before, after in itertools.pairwise(of_queue))
 
 
 def test_a_compile_is_a_span_of_its_own_before_its_program(clock: Clock) -> None:

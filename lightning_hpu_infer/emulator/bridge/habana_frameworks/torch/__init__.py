@@ -5,7 +5,7 @@ import importlib
 from habana_frameworks.torch.utils import internal
 
 is_torch_fork = False
-"""Whether PyTorch is Habana's own build."""
+"""Whether PyTorch is Habana's build."""
 
 _SUBPACKAGES = ("core", "distributed", "hpex", "hpu", "utils")
 

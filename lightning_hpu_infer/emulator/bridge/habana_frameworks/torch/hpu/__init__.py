@@ -50,7 +50,7 @@ def device_count() -> int:
 
 
 def current_device() -> int:
-    """Return 0: a process has one device, whatever its module id."""
+    """Return 0: a process has one device, with any module id."""
     return 0
 
 

@@ -54,7 +54,7 @@ class HPUGraph:
         _hpu_C.replayV2(self.hpu_graph, static_tlist, tlist, asynchronous)
 
     def replayV3(self, tlistI: list[Any], asynchronous: bool = False) -> None:
-        """Run on the tensors in place of the marked inputs that matched."""
+        """Run on the tensors instead of the marked inputs that matched."""
         _hpu_C.replayV3(self.hpu_graph, tlistI, asynchronous)
 
     def clear_inputs(self) -> None:
@@ -137,7 +137,7 @@ def input_hash(obj: Any) -> int:
     """Return the cache key of call arguments, with the bridge's blind spots.
 
     dtype and strides are not in it, equal hashes of different values collide (``1 == True``, ``-1`` and ``-2``), and
-    what is not a dict, list, tuple or tensor has its own ``hash`` (bridge: graphs.py:488-499).
+    objects other than dicts, lists, tuples and tensors count by their ``hash`` (bridge: graphs.py:488-499).
     """
     autocast = torch.is_autocast_enabled("hpu")
     if isinstance(obj, dict):
@@ -292,7 +292,7 @@ def wrap_in_hpu_graph(
     dry_run: bool = False,
     max_graphs: int | None = None,
 ) -> torch.nn.Module:
-    """Replace ``module.forward`` by a captured one, in place; there is no way back but ``del module.forward``."""
+    """Replace ``module.forward`` by a captured one, in place; only ``del module.forward`` undoes it."""
     cache: dict[int, CachedParams] = {}
     stream = streams.default_stream()
     orig_fwd = module.forward

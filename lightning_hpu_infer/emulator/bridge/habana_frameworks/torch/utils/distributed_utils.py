@@ -1,4 +1,4 @@
-"""Deprecated place of `initialize_distributed_hpu`."""
+"""Deprecated location of `initialize_distributed_hpu`."""
 
 from habana_frameworks.torch.distributed.hccl import initialize_distributed_hpu
 

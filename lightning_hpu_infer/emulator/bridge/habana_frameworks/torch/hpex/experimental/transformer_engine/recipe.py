@@ -4,7 +4,7 @@ from typing import Any
 
 
 class DelayedScaling:
-    """Holds its options."""
+    """Stores its options."""
 
     def __init__(self, **options: Any) -> None:
         self.__dict__.update(options)
