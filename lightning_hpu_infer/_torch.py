@@ -1,6 +1,6 @@
-"""Every private name of torch that this package touches, with what it is used for.
+"""Every private name of torch that this package uses, with the reason.
 
-`tests/test_torch_names.py` fails where one of them moves.
+`tests/test_torch_names.py` fails if one of them moves. Everything here is for the main thread.
 """
 
 import re
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = [
     "ClassFunctions",
@@ -49,6 +50,10 @@ __all__ = [
     "sizes_of",
     "storage_of",
     "tensor_description",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
     "users_line",
     "with_its_code",
 ]
@@ -67,14 +72,14 @@ def _settings() -> dict[str, Any]:
         else ("cache_size_limit", "accumulated_cache_size_limit")
     )
     settings: dict[str, Any] = {
-        # Dynamo counts what it ever compiled for a code object, and past a limit silently runs that code as Python for
-        # good. After a graph break the code of `nn.Module.__call__` and of the user's classes is compiled by itself,
-        # once per model, so a process with many models would reach it. The front end stops on its own count.
+        # Dynamo counts how often it compiled a code object, and past a limit silently runs that code as Python from
+        # then on. After a graph break the code of `nn.Module.__call__` and of the user's classes is compiled
+        # separately, once per model, so a process with many models would reach the limit. `TracedCall` has its limits.
         limits[0]: 2**20,
         limits[1]: 2**20,
-        # By default a hook that is registered after the first call is not noticed.
+        # By default there is no guard on hooks, so that one which is registered later is not called.
         "skip_nnmodule_hook_guards": False,
-        # By default an `assert` on tensors becomes an op without a result, which nobody would see fail.
+        # By default an `assert` on tensors becomes an op without a result, whose failure would be lost.
         "rewrite_assert_with_torch_assert": False,
         # By default NumPy is imitated with torch: other random numbers, other types, other order of ties.
         "trace_numpy": False,
@@ -87,9 +92,9 @@ def _settings() -> dict[str, Any]:
 
 
 class _Callback:
-    """Dynamo's callback for a frame, with our settings around it, which never raises.
+    """Dynamo's callback for a frame, under `_settings`. It never raises.
 
-    Settings are read while Dynamo compiles only, so patching them here costs a compiled call nothing.
+    Dynamo reads settings only while it compiles, so patching them here costs a compiled call nothing.
     """
 
     def __init__(self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]) -> None:
@@ -109,8 +114,7 @@ class _Callback:
         start = perf_counter()
         try:
             with dynamo_config.patch(**self._settings), warnings.catch_warnings():
-                # Advice about how to write code for torch.compile, which nobody asked for. Where warnings are errors,
-                # one that is raised while Dynamo looks at an attribute would make it give up.
+                # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
                 return self._inner(frame, *args, **kwargs)
         except Exception as error:
@@ -122,9 +126,9 @@ class _Callback:
 
 
 def _skip() -> Any:
-    """What tells Dynamo to run a frame as it is, and to ask again next time: its code may be the user's.
+    """The answer that a frame runs as Python, and that Dynamo should ask again for its code, which may be the user's.
 
-    Before torch 2.7 there is only None, which means never to ask again.
+    Before torch 2.7 the only such answer is None, after which Dynamo never asks again.
     """
     if not hasattr(dynamo_types, "ConvertFrameReturn"):
         return None
@@ -139,13 +143,17 @@ def compile_function(
     failed: Callable[[Exception], None],
     took: Callable[[float], None],
 ) -> Callable[..., Any]:
-    """`torch.compile` with Dynamo's settings patched while it compiles, and errors told instead of raised.
+    """`torch.compile` with Dynamo's settings patched while it compiles, and errors passed on instead of raised.
 
     Args:
         function: What to compile. Dynamo keeps compiled code with a function's code object: see `with_its_code`.
-        backend: Called with every FX graph and its example inputs. A method of an object that outlives the result.
-        failed: A method likewise, called with what Dynamo raised for a frame, which runs as plain Python then.
-        took: Likewise, called with the seconds that Dynamo spent on a frame, the backend's included.
+        backend: Called with each FX graph and its example inputs.
+        failed: Called with an error of Dynamo's for a frame, which runs as plain Python then.
+        took: Called with the seconds that Dynamo, including the backend, spent on a frame.
+            These three are methods of an object that outlives the result, which does not keep it alive.
+
+    Returns:
+        The compiled function; `function` itself where torch.compile is not possible, after `failed` was called.
     """
     backend = _weakly(backend)
     try:
@@ -156,21 +164,21 @@ def compile_function(
     if not hasattr(context, "callback"):
         failed(RuntimeError("torch.compile is disabled in this process, see TORCH_COMPILE_DISABLE"))
         return function
-    # Kept there for `torch._dynamo.reset()` for as long as the process lives.
+    # Dynamo keeps backends there for `torch._dynamo.reset()`, as long as the process lives.
     eval_frame.cached_backends.pop(id(backend), None)
     context.callback = _Callback(context.callback, _weakly(failed), _weakly(took))
     return context(function)  # type: ignore[no-any-return]
 
 
 def forget_compiled(function: Callable[..., Any]) -> None:
-    """Free what Dynamo compiled for a function of `with_its_code`, which it would keep for good (torch 2.13)."""
+    """Free what Dynamo compiled for a function of `with_its_code`; it would keep that permanently (torch 2.13)."""
     torch._C._dynamo.eval_frame.reset_code(function.__code__)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method that does not keep its object alive.
 
-    Dynamo holds backends in C++, with the code that they compiled, where the garbage collector finds no cycle.
+    Dynamo refers to backends from C++, where the garbage collector finds no cycles.
     """
     reference = weakref.WeakMethod(method)
 
@@ -189,9 +197,9 @@ def compile_with(backend: str, module: GraphModule, example_inputs: Any) -> Call
 
 
 def with_its_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a function with a code object of its own, and so with a cache of compiled code of its own."""
+    """A copy of a function with a separate code object, and so with a separate cache of compiled code."""
     assert isinstance(function, types.FunctionType)
-    # Dynamo remembers by file, line and name which values changed, and takes those for dynamic in other models too.
+    # By file, line and name of code Dynamo remembers which values changed; it would make them dynamic in other models.
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
     copied = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__
@@ -203,7 +211,7 @@ _numbers = count()
 
 @contextmanager
 def dynamic_dims(tensors: list[tuple[Tensor, int]]) -> Iterator[None]:
-    """Tell Dynamo, for a call, which dimensions of which tensors vary. The tensors are left as they were."""
+    """Mark dimensions of tensors as dynamic for calls inside of this. Afterwards the tensors are as before."""
     names = ("_dynamo_weak_dynamic_indices", "_has_dynamo_dim_marking")
     before = {id(tensor): (tensor, {name: vars(tensor).pop(name, None) for name in names}) for tensor, _ in tensors}
     try:
@@ -229,7 +237,7 @@ def ensure_device_interface(device_type: str) -> None:
         module = torch.get_device_module(device_type)
 
         class Interface(device_interface.DeviceInterface):
-            """What tracing asks about a device."""
+            """The part of the interface that tracing uses."""
 
             @staticmethod
             def current_device() -> int:
@@ -261,12 +269,12 @@ def fake_value(node: Node) -> Any:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What is equal for tensors that share memory, as long as both live. Works for fake tensors."""
+    """An id of a tensor's storage: equal for tensors that share memory, while both live. Works for fake tensors."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements lie side by side, none twice; a fake tensor's too."""
+    """Whether a tensor is dense and does not overlap itself. Works for fake tensors."""
     # Renamed in torch 2.9.
     names = ("is_non_overlapping_and_dense_or_false", "is_non_overlapping_and_dense")
     return bool(next(getattr(_prims_common, name) for name in names if hasattr(_prims_common, name))(tensor))
@@ -289,7 +297,7 @@ def mentions(size: str | int, symbols: Collection[str]) -> bool:
 
 
 def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
-    """What a captured program depends on of a tensor."""
+    """What a captured program depends on: shape, strides and dtype."""
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -314,7 +322,7 @@ def _innermost(stack: str) -> str:
 def must_run_plainly() -> str:
     """Why nothing may be traced or replayed at this moment; empty if it may.
 
-    Dynamo does not guard global module hooks (torch 2.13), and modes that look at every op see nothing of a replay.
+    Dynamo does not guard global module hooks (torch 2.13), and a replay bypasses dispatch and function modes.
     """
     if (
         nn_module._global_forward_hooks
@@ -328,7 +336,7 @@ def must_run_plainly() -> str:
 
 
 def guard_gaps(device_type: str) -> tuple[Any, ...]:
-    """Settings that ops read when they run, which Dynamo does not guard and a captured graph would not read again."""
+    """Settings that ops read when they run. Dynamo does not guard them, and a captured graph does not read them."""
     c = torch._C
     return (
         torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
@@ -347,20 +355,20 @@ def guard_gaps(device_type: str) -> tuple[Any, ...]:
 
 
 class ClassFunctions:
-    """Notices that a class was patched, which Dynamo does not guard: `forward`, `__call__` and all other methods.
+    """Detects patched methods of classes, which Dynamo does not guard (torch 2.13).
 
     Args:
-        classes: Classes of modules. Their bases are looked at too; of those of torch, what calls a module.
+        classes: Classes of modules. Their bases are watched too, but of torch's only the functions that call a module.
     """
 
     def __init__(self, classes: Iterable[type]) -> None:
         bases = dict.fromkeys(base for kind in classes for base in kind.__mro__ if base is not object)
         self._looked_up = [
-            # Dynamo itself adds names to classes of torch.
-            (vars(base) if own else (), vars(base), getter)
+            # Names are not counted in torch's classes, since Dynamo adds some to them.
+            (() if of_torch else vars(base), vars(base), getter)
             for base in bases
-            for own in (not base.__module__.startswith("torch."),)
-            if (getter := _functions_of(base, own=own)) is not None
+            for of_torch in (base.__module__.startswith("torch."),)
+            if (getter := _functions_of(base, only_calling=of_torch)) is not None
         ]
 
     def now(self) -> tuple[Any, ...]:
@@ -368,13 +376,14 @@ class ClassFunctions:
         return tuple([(len(counted), getter(names)) for counted, names, getter in self._looked_up])
 
 
-def _functions_of(kind: type, *, own: bool) -> Callable[[Any], Any] | None:
+def _functions_of(kind: type, *, only_calling: bool) -> Callable[[Any], Any] | None:
     kinds = (types.FunctionType, classmethod, staticmethod, property)
     calling = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
-    names = [name for name, value in vars(kind).items() if isinstance(value, kinds) and (own or name in calling)]
+    found = (name for name, value in vars(kind).items() if isinstance(value, kinds))
+    names = [name for name in found if name in calling or not only_calling]
     return itemgetter(*names) if names else None
 
 
 def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call a module with its hooks, past what stands in its slot for a compiled implementation."""
+    """Call a module with its hooks, but not what `nn.Module.compile`, or `CallSites`, set as its implementation."""
     return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -15,8 +15,6 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from lightning_hpu_infer.graphs.replacements import DataReplacements
 from lightning_hpu_infer.observe.spans import Observer
-
-T = TypeVar("T")
 
 
 class GraphContext:
@@ -38,16 +36,16 @@ class GraphContext:
         self.counts = GraphCounts()
         self.replacements = DataReplacements()
         self.name = "`predict_step`"
-        """What messages call the function that runs."""
+        """What messages call the function that was traced last."""
         self.step = 0
-        """Counts the calls of steps and networks."""
+        """Number of the batch, over all runs."""
         self.capturing = False
-        """Whether a capture is going on: a graph inside of another is refused by the bridge."""
-        self.gives_up = ""
+        """Whether a capture is in progress: the bridge refuses a graph inside of another."""
+        self.stop_reason = ""
         """Why the function that runs should not be traced any longer; empty while it may."""
         self.timed: Callable[..., Any] = Observer().timed
         self._warned: set[str] = set()
-        self._to_tell: list[str] = []
+        self._pending: list[str] = []
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self, observer: Observer) -> None:
@@ -57,39 +55,54 @@ class GraphContext:
         self._warned.clear()
 
     def register(self, graph: Any) -> None:
-        """Know a graph, to release it in time."""
+        """Keep a weak reference to what has captured graphs.
+
+        Args:
+            graph: Has `release()`, `rebind(now)` and `holds_graphs`, as `CapturedGraph` does.
+        """
         self._graphs.add(graph)
 
     def graphs(self) -> list[Any]:
-        """Those that are in use."""
+        """What was registered and is alive."""
         return list(self._graphs)
 
+    def holds_graphs(self) -> bool:
+        """Whether any captured graph exists."""
+        return any(graph.holds_graphs for graph in self._graphs)
+
     def registered(self) -> set[int]:
-        """The parameters and buffers of the model, each by `id`."""
+        """The `id`s of the model's parameters and buffers."""
         root = self._root()
         assert root is not None  # its step is running
         return {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
 
     def release(self) -> None:
-        """Free what all graphs hold, without waiting for the garbage collector. Not during a run.
+        """Free the device memory of all graphs, of which none may be running.
 
-        May be called by the collector, in any thread, even where the device is gone: it asks nothing of the device.
+        The garbage collector may call this in any thread, and when the device is gone, so the device is asked nothing.
         """
         for graph in self.graphs():
             graph.release()
 
     def warn(self, topic: str, text: str) -> None:
-        """Warn once in a run, when the batch is through: a warning may be an error, and must not end a trace."""
+        """Warn once in a run.
+
+        The warning is given after the batch: where warnings are errors, it must not end a trace.
+
+        Args:
+            topic: Only the first text of a topic is told.
+            text: The message.
+        """
         if topic not in self._warned:
             self._warned.add(topic)
-            self._to_tell.append(text)
+            self._pending.append(text)
 
-    def tell(self) -> None:
-        """Give the warnings that came up."""
-        while self._to_tell:
-            rank_zero_warn(self._to_tell.pop(0))
+    def emit_warnings(self) -> None:
+        """Give the warnings that have come up."""
+        while self._pending:
+            rank_zero_warn(self._pending.pop(0))
 
-    def fails(self, reason: str) -> None:
+    def warn_of_plain_part(self, reason: str) -> None:
         """Say once that a part of the function that runs has no graph.
 
         Args:
@@ -98,45 +111,9 @@ class GraphContext:
         what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
         self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}.")
 
-    def too_many_shapes(self, limit: int) -> None:
-        """Say that graphs are not replaced any longer."""
-        self.warn(
-            "shapes",
-            f"There are more shapes in use than `max_graphs={limit}`: the graphs that there are stay, and batches of"
-            " other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur: `bucket_lengths`.",
-        )
-
-    def too_little_memory(self) -> None:
-        """Say that graphs that were dropped for their memory are not captured again."""
-        self.warn(
-            "memory",
-            "The graphs of all shapes take more than `graph_memory`: those that were dropped are not captured again."
-            " Raise it, or let fewer shapes occur: `bucket_lengths`.",
-        )
-
-    def cannot_pad(self, reason: str) -> None:
-        """Say that a short batch does not fit into a larger graph."""
-        self.warn(
-            "padding",
-            f"`pad_batch` is not used for {self.name}: {reason}. Short batches get graphs of their own, or run"
-            " plainly.",
-        )
-
-    def partly(self, reason: str) -> None:
-        """Note that a part of a traced graph runs plainly behind the captured part."""
-        self.counts.reasons[f"partly: {reason}"] += 1
-
-    def too_many_numbers(self) -> None:
-        """Note that Python numbers decide what a graph is good for."""
-        self.gives_up = "it uses a Python number that changes from call to call, such as `batch_idx`"
-
-    def too_many_host_values(self) -> None:
-        """Note that tensors on the host decide what a graph is good for."""
-        self.gives_up = "it is given tensors on the host that change from call to call, which no graph can read"
-
     @contextmanager
     def capture(self) -> Iterator[None]:
-        """Surround a capture with this; leaves a clean state if it fails.
+        """Surround a capture with this. If it raises, the bridge's capture state is reset.
 
         No garbage is collected meanwhile: a graph that dies during the capture of another one silently ends that
         capture (bridge 1.19 `HPUGraph.cpp`, `destroy`).
@@ -155,9 +132,15 @@ class GraphContext:
                 gc.enable()
 
     def memory_in_use(self) -> int:
-        """Device memory in bytes, if anybody asks: waits for the device."""
+        """Device memory in use, in bytes; 0 if no `graph_memory` is configured. Waits for the device."""
         if self.config.graph_memory is None:
             return 0
         _habana.mark_step()
         _habana.synchronize()
         return int(_habana.memory_stats(self.device)["InUse"])
+
+
+def in_words(error: Exception) -> str:
+    """An error's class and the first paragraph of its message, up to 300 characters."""
+    message = " ".join(str(error).partition("\n\n")[0].split())
+    return f"{type(error).__name__}: {message[:300]}"

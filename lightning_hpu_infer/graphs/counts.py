@@ -11,20 +11,21 @@ class GraphCounts:
     traces: int = 0
     """FX graphs that TorchDynamo traced."""
     trace_seconds: float = 0.0
-    """Time that tracing took, of the main thread."""
+    """Seconds of the main thread that tracing took."""
     captures: int = 0
     """Graphs captured, or programs compiled, one per shape."""
     replays: int = 0
+    """Runs of these graphs or programs."""
     padded: int = 0
-    """Replays with rows added to fill a larger graph's batch."""
+    """Replays of short batches in larger graphs."""
     plain_calls: int = 0
-    """Calls of a step, a network or a traced part of one that ran plainly."""
+    """Calls of a step, a network or a traced part of one that ran without a graph."""
     verified: int = 0
     """Replays, captures among them, that were compared with the plain ops."""
     evictions: int = 0
     """Graphs dropped for newer ones."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why calls ran plainly: a reason in words, and how many calls it concerned."""
+    """How many calls ran without a graph, by the reason in words."""
 
     def plain(self, reason: str) -> None:
         """Count a call that runs plainly."""

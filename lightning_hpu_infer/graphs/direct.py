@@ -1,7 +1,7 @@
 """`hpu_graphs="direct"`: named modules in HPU graphs of the bridge's own wrapper, without TorchDynamo.
 
-Nothing is traced, guarded or verified: the user vouches that these modules do nothing but device ops on their arguments
-and weights, the same for every call with tensors of one layout.
+Nothing is traced, guarded or verified: the user guarantees that these modules only run device ops on their arguments
+and weights, the same ones in every call with tensors of one layout.
 """
 
 from collections import OrderedDict
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.graphs.context import GraphContext
@@ -19,7 +18,7 @@ _CONSTANTS = bool | int | float | str | None | torch.dtype
 
 
 class DirectGraphs:
-    """Calls modules through one bridge wrapper per module and exact layout of its arguments.
+    """Calls modules through one bridge wrapper per module and exact layout of its arguments. Main thread only.
 
     Args:
         context: What the graphs of a run share.
@@ -36,18 +35,18 @@ class DirectGraphs:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replay the module for these arguments; the results are the caller's."""
         context = self._context
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = _torch.tree_flatten((args, kwargs))
         key = self._key(module, leaves, structure)
         if context.capturing or torch.is_grad_enabled() or key is None:
             context.counts.plain("an argument of a module is neither a tensor on the device nor a constant")
             return _torch.call_module(module, *args, **kwargs)
-        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[place].clone() if _habana.is_view(leaves[place]) else leaves[place] for place in places]
+        slots = [slot for slot, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[slot].clone() if _habana.is_view(leaves[slot]) else leaves[slot] for slot in slots]
         wrapper = self._wrappers.get(key)
         if wrapper is not None:
             self._wrappers.move_to_end(key)
             context.counts.replays += 1
-            return _copied(wrapper(*tensors))
+            return _cloned(wrapper(*tensors))
         limit = context.config.max_graphs
         if sum(1 for known in self._wrappers if known[0] == key[0]) >= limit:
             context.warn("more shapes", f"There are more layouts in use than `max_graphs={limit}`: others run plainly.")
@@ -57,21 +56,22 @@ class DirectGraphs:
 
         def function(*given: Tensor) -> Any:
             filled = constants.copy()
-            for place, tensor in zip(places, given, strict=True):
-                filled[place] = tensor
-            again, named = tree_unflatten(filled, structure)
-            return _torch.call_module(module, *again, **named)
+            for slot, tensor in zip(slots, given, strict=True):
+                filled[slot] = tensor
+            positional, named = _torch.tree_unflatten(filled, structure)
+            return _torch.call_module(module, *positional, **named)
 
         wrapper = _habana.graphed(function)
         with context.capture():
-            own = wrapper(*[tensor.clone() for tensor in tensors])
-        if odd := next((each for each in tree_leaves(own) if not isinstance(each, Tensor | _CONSTANTS)), None):
-            # Its tensors would be overwritten unseen.
+            captured = wrapper(*[tensor.clone() for tensor in tensors])
+        unknown = [leaf for leaf in _torch.tree_leaves(captured) if not isinstance(leaf, Tensor | _CONSTANTS)]
+        if unknown:
+            # The next replay would overwrite its tensors, which cannot be found and cloned.
             raise TypeError(
                 f"`hpu_graphs='direct'` needs modules that return tensors in tuples, lists and dicts, and"
-                f" {type(module).__name__} returns a {type(odd).__name__}. Do not name it in `graph_modules`."
+                f" {type(module).__name__} returns a {type(unknown[0]).__name__}. Do not name it in `graph_modules`."
             )
-        result = _copied(own)
+        result = _cloned(captured)
         self._wrappers[key] = wrapper
         context.counts.captures += 1
         return result
@@ -81,7 +81,7 @@ class DirectGraphs:
         self._wrappers.clear()
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:
-        """Another run begins: the weights lie elsewhere."""
+        """Begin another run, in which the weights have other memory."""
         self.release()
 
     def _key(self, module: nn.Module, leaves: list[Any], structure: Any) -> Any:
@@ -99,5 +99,5 @@ class DirectGraphs:
         return id(module), str(structure), tuple(described), modes
 
 
-def _copied(result: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+def _cloned(result: Any) -> Any:
+    return _torch.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)

@@ -16,7 +16,10 @@ from lightning_hpu_infer import _torch
 
 
 def named_modules(root: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Module]]:
-    """The modules that `graph_modules` names, each by itself.
+    """The modules that `graph_modules` names.
+
+    Returns:
+        Per name, a list of that module only.
 
     Raises:
         ValueError: If there is no such module, or one is inside of another.
@@ -37,10 +40,10 @@ def named_modules(root: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Mo
 
 
 def repeated_blocks(root: nn.Module) -> dict[str, list[nn.Module]]:
-    """The outermost children of `nn.ModuleList` that are alike, such as the layers of an encoder.
+    """The outermost children of `nn.ModuleList` that share a class, such as the layers of an encoder.
 
     Returns:
-        Per kind of block, a name for messages and all blocks of that kind. Those of one kind are traced once.
+        Per class of blocks in a list, a name for messages and these blocks, which share a trace.
     """
     found: dict[str, list[nn.Module]] = {}
     inside: set[nn.Module] = set()
@@ -56,25 +59,25 @@ def repeated_blocks(root: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 class OutermostCalls:
-    """Collects the modules with weights that this thread calls, without those that they call in turn.
+    """Counts the outermost modules that this thread calls.
 
     Args:
-        root: The model, which does not count itself.
+        root: The model, which is not counted.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self.counts: Counter[nn.Module] = Counter()
-        """How often each was called."""
+        """Calls per module."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Collect inside of this."""
+        """Count inside of this."""
         thread = threading.get_ident()
         depth = 0
 
         def watching(module: nn.Module) -> bool:
-            # Where torch.compile of the user's traces a module meanwhile, the hooks leave nothing in what it makes.
+            # Hooks must leave nothing in code that the user's torch.compile traces meanwhile.
             return not torch.compiler.is_compiling() and threading.get_ident() == thread and module is not self._root
 
         def enter(module: nn.Module, _: object) -> None:
@@ -95,7 +98,7 @@ class OutermostCalls:
         ]
         try:
             with warnings.catch_warnings():
-                # About these hooks, where a module was compiled by the user.
+                # Dynamo warns of these hooks where the user has compiled a module.
                 warnings.filterwarnings("ignore", "Using `torch.compile")
                 yield
         finally:
@@ -103,19 +106,19 @@ class OutermostCalls:
                 handle.remove()
 
     def networks(self) -> dict[str, list[nn.Module]]:
-        """The networks among them, by their names in the model."""
+        """The counted modules that have weights and are not inside of another one, by their names in the model."""
         inner = {child for module in self.counts for child in module.modules() if child is not module}
         names = {module: name for name, module in self._root.named_modules()}
         return {
             names.get(module) or type(module).__name__: [module]
             for module in self.counts
-            # A metric is there for the state that it keeps.
+            # A metric is called for its state.
             if module not in inner and not isinstance(module, Metric) and any(True for _ in module.parameters())
         }
 
 
 class _Entry:
-    """What a module's `__call__` finds in place of its own implementation during a run."""
+    """What a module's `__call__` calls during a run, instead of the module's implementation."""
 
     def __init__(self, call: Callable[..., Any], module: nn.Module) -> None:
         self._call = call
@@ -129,18 +132,18 @@ class _Entry:
         return self._call(self._module, *args, **kwargs)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        # A copy of a module, or a pickled one, carries None instead: `nn.Module` has the same by default.
+        # A copied or pickled module has None instead, which is the default of `nn.Module`.
         return type(None), ()
 
 
 class CallSites:
-    """Lets modules be called through a function of ours, by the slot of `nn.Module.compile`, until it is closed."""
+    """Redirects calls of modules, by the attribute that `nn.Module.compile` uses, until it is closed."""
 
     def __init__(self) -> None:
         self._entries: list[tuple[nn.Module, _Entry]] = []
 
     def attach(self, modules: Sequence[nn.Module], call: Callable[..., Any]) -> None:
-        """Call `call(module, *args, **kwargs)` wherever one of the modules is called.
+        """Redirect calls to `call(module, *args, **kwargs)`; calls of other threads run plainly.
 
         Modules that the user has compiled stay as they are.
         """

@@ -1,4 +1,4 @@
-"""Tensors whose memory was replaced behind a graph that reads it: `tensor.data = x`, `set_`, `swap_tensors`."""
+"""Records tensors whose memory was replaced, unnoticed by the graphs that read it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class DataReplacements:
-    """Knows, while active, which tensors were given other memory: `tensor.data = x`, `set_` and `swap_tensors`.
+    """Records which tensors were given other memory: `tensor.data = x`, `set_` and `swap_tensors`.
 
-    The tensor object stays the same then, and so does its version. A graph that was captured with it goes on reading
-    the old memory, without any sign (bridge 1.19 `tensor_impl.cpp`, `shallow_copy_from`).
+    The tensor object and its version stay the same then. A graph that was captured with it goes on reading the old
+    memory, without an error (bridge 1.19 `tensor_impl.cpp`, `shallow_copy_from`).
     """
 
     def __init__(self) -> None:
         self.count = 0
-        """Replacements so far, of any tensors."""
+        """Replacements so far, of any tensor."""
         self._latest: dict[int, int] = {}
-        """Per tensor, by `id`, the number of its last replacement. That of a dead tensor does no harm."""
+        """Per tensor, by `id`, the count at its last replacement. An entry of a dead tensor only costs a capture."""
 
     def any_since(self, count: int, tensors: tuple[Any, ...]) -> bool:
         """Whether any of these tensors was given other memory after so many replacements."""
@@ -32,7 +32,7 @@ class DataReplacements:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch inside of this. Several may, and end in any order."""
+        """Record inside of this. Several objects may record at a time, and end in any order."""
         if not _watching:
             _replace_by_watched()
         _watching.append(self)
@@ -76,7 +76,7 @@ def _watched_swap(one: Tensor, other: Tensor) -> None:
 
 
 def _replace_by_watched() -> None:
-    """For all threads. `torch.Tensor` inherits both from a class in C, so that deleting them is the way back."""
+    """Patch torch, for all threads. `torch.Tensor` inherits both attributes, so deleting ours restores them."""
     _unwatched.update(data=torch.Tensor.data, set_=torch.Tensor.set_, swap_tensors=torch.utils.swap_tensors)
     torch.Tensor.data = _WatchedData()  # type: ignore[assignment]
     torch.Tensor.set_ = _watched_set  # type: ignore[assignment,method-assign]

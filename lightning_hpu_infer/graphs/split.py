@@ -1,7 +1,7 @@
-"""What of an FX graph a device graph may repeat: a captured part, and the rest, which runs as it is afterwards."""
+"""What of an FX graph a device graph may repeat: a captured part, and the rest, which runs plainly afterwards."""
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from lightning_hpu_infer import _torch
-from lightning_hpu_infer.graphs.examine import Examination, NotExaminable
+from lightning_hpu_infer.graphs.examine import Examination, NotCapturable
 
 
 @dataclass(frozen=True)
@@ -20,61 +20,44 @@ class Split:
     """
 
     captured: GraphModule | None
-    """Device ops only, whose results are new tensors. None if there is nothing that a graph may repeat."""
+    """Device ops only, whose results are new tensors. None if there is nothing that a device graph may repeat."""
 
     results: tuple[Tensor, ...]
     """The fake tensors that `captured` returns."""
 
     rest: GraphModule | None
-    """What runs plainly behind it: views of inputs, copies to the host, random ops. None if there is nothing."""
+    """What runs plainly after it: views of inputs, copies to the host, random ops. None if there is nothing."""
 
     reason: str
     """Why something runs plainly, in words, with the op; empty if only views do."""
 
     written: tuple[int, ...]
-    """Places of the inputs whose memory `captured` writes to."""
+    """Positions of the inputs whose memory `captured` writes to."""
 
     hosted: tuple[int, ...]
-    """Places of host tensors whose values `captured` depends on."""
-
-    random: bool
-    """Whether the graph must not be run twice for comparison, since it draws random numbers or the like."""
-
-    changed: tuple[int, ...] = ()
-    """Places of the inputs whose memory the whole graph writes to."""
-
-    outputs: tuple[Tensor, ...] = ()
-    """The fake tensors that the whole graph returns; empty if it returns anything else too."""
+    """Positions of the host tensors whose values `captured` depends on."""
 
 
 def split(module: GraphModule, device_type: str) -> Split:
     """Find what of a graph may be captured.
 
     Args:
-        module: A graph as Dynamo hands it to a backend: its placeholders carry fake tensors or symbolic numbers.
+        module: A graph as Dynamo hands it to a backend, after `rewrite_masks`: its placeholders carry fake tensors or
+            symbolic numbers.
         device_type: The type of the device that captures.
     """
-    _rewrite_masks(module)
     try:
-        graph = Examination(module, device_type)
-    except NotExaminable as reason:
-        return _nothing(str(reason), random=True)
-    values = [graph.env[node] for node in graph.results]
-    outputs = tuple(values) if all(isinstance(value, Tensor) for value in values) else ()
-    try:
-        parts = _parts(graph)
-    except _NotSplittable as reason:
-        parts = _nothing(str(reason), random=graph.random)
-    written = {storage for storages in graph.writes.values() for storage in storages}
-    return replace(parts, outputs=outputs, changed=_places_of(graph, written))
+        return _parts(Examination(module, device_type))
+    except NotCapturable as reason:
+        return Split(None, (), None, str(reason), (), ())
 
 
-def _nothing(reason: str, *, random: bool) -> Split:
-    return Split(None, (), None, reason, (), (), random)
+def rewrite_masks(module: GraphModule) -> None:
+    """Replace `x[mask] = number` by a `masked_fill_`, which does the same and needs no count of the mask's elements.
 
-
-def _rewrite_masks(module: GraphModule) -> None:
-    """Make `x[mask] = number` a `masked_fill_`, which does the same and does not ask how much of the mask is set."""
+    Args:
+        module: A graph as Dynamo hands it to a backend; changed in place.
+    """
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target is not operator.setitem or not isinstance(node.args[1], Node):
             continue
@@ -89,37 +72,31 @@ def _rewrite_masks(module: GraphModule) -> None:
             and values.shape == given.shape[: values.dim()]
         ):
             with module.graph.inserting_before(node):
-                missing = (None,) * (given.dim() - values.dim())
-                wide = (
-                    module.graph.call_function(operator.getitem, (mask, cast(Any, (Ellipsis, *missing))))
-                    if missing
-                    else mask
-                )
-                filled = module.graph.call_method("masked_fill_", (changed, wide, number))
+                if missing := given.dim() - values.dim():
+                    mask = module.graph.call_function(
+                        operator.getitem, (mask, cast(Any, (Ellipsis, *[None] * missing)))
+                    )
+                filled = module.graph.call_method("masked_fill_", (changed, mask, number))
             node.replace_all_uses_with(filled)
             module.graph.erase_node(node)
     module.recompile()
-
-
-class _NotSplittable(Exception):
-    """Raised when no part of a graph can be captured; its message says why."""
 
 
 def _parts(graph: Examination) -> Split:
     """Sort the nodes and build both parts."""
     reason = next((graph.plain[node] for node in graph.nodes if node in graph.plain and _is_used(node)), "")
     if (effect := next(filter(graph.is_effect, graph.nodes), None)) is not None:
-        raise _NotSplittable(f"it has an op without a result ({effect.target}){_torch.users_line([effect])}")
+        raise NotCapturable(f"it has an op without a result ({effect.target}){_torch.users_line([effect])}")
     captured = [node for node in graph.nodes if graph.computes(node) and node not in graph.plain]
     plain = [node for node in graph.nodes if graph.computes(node) and node in graph.plain]
     if not captured or len(captured) < len(plain):
-        raise _NotSplittable(reason)
+        raise NotCapturable(reason)
     if plain and not _commute(graph):
-        raise _NotSplittable(f"{reason}, beside ops that write to the same memory")
+        raise NotCapturable(f"{reason}, beside ops that write to the same memory")
     needs = _Needs(graph)
     for node in (*plain, *graph.results):
         needs.add(node)
-    exports = sorted(needs.exports, key=graph.order.__getitem__)
+    exports = [node for node in graph.nodes if node in needs.exports]
     inside = _leading_to([*captured, *exports]) | graph.switches
     used = {given for node in inside for given in node.all_input_nodes}
     written = {storage for node in captured for storage in graph.writes[node]}
@@ -131,20 +108,13 @@ def _parts(graph: Examination) -> Split:
         results=tuple(graph.env[node] for node in exports),
         rest=rest,
         reason=reason,
-        written=_places_of(graph, written),
-        hosted=tuple(place for place, n in enumerate(graph.placeholders) if n in graph.constant and n in used),
-        random=graph.random,
+        written=graph.inputs_in(written),
+        hosted=tuple(slot for slot, n in enumerate(graph.placeholders) if n in graph.constant and n in used),
     )
 
 
 def _is_used(node: Node) -> bool:
     return node.op != "placeholder" or bool(node.users)
-
-
-def _places_of(graph: Examination, storages: set[int]) -> tuple[int, ...]:
-    """The inputs that show any of some memory."""
-    values = ((place, graph.env[node]) for place, node in enumerate(graph.placeholders))
-    return tuple(p for p, value in values if isinstance(value, Tensor) and _torch.storage_of(value) in storages)
 
 
 def _commute(graph: Examination) -> bool:
@@ -176,7 +146,7 @@ def _leading_to(nodes: list[Node]) -> set[Node]:
 def _build(graph: Examination, nodes: set[Node], exports: list[Node], same: dict[Node, Node] | None) -> GraphModule:
     """A graph of some nodes. The captured one returns the exports.
 
-    The rest, for which `same` has nodes in whose place another one stands, takes them as further inputs.
+    The rest takes them as further inputs, and `same` maps some of its nodes to others that replace them.
     """
     built, copied = Graph(), dict[Node, Node]()
     for node in graph.placeholders:
@@ -197,10 +167,10 @@ def _build(graph: Examination, nodes: set[Node], exports: list[Node], same: dict
 
 
 class _Needs:
-    """What the second part takes over from the first, and what it does again because it is a view.
+    """What the second part takes from the first, and which views it makes again.
 
-    A result that shares memory with an input, or with another result, must go on doing so: it is made anew as a view of
-    the input or of the copied result. Any other result is handed over as it is.
+    A result that shares memory with an input, or with another result, must still do so: it becomes a view of the input
+    or of the copied result. Any other result is passed on as it is.
     """
 
     def __init__(self, graph: Examination) -> None:
@@ -218,7 +188,7 @@ class _Needs:
         self.exports: set[Node] = set()
         self.later: set[Node] = set()
         self.same: dict[Node, Node] = {}
-        """Results of ops in place, and the node that shows the same memory."""
+        """Results of in-place ops, and the node that shows the same memory."""
 
     def add(self, node: Node) -> None:
         """Make the value of a node available to the second part."""
@@ -241,7 +211,7 @@ class _Needs:
             self.same[node] = same
             self.add(same)
         else:
-            raise _NotSplittable(f"its result `{node.name}` is a part of changed memory")
+            raise NotCapturable(f"its result `{node.name}` is a part of changed memory")
 
     def _is_same(self, node: Node, value: Tensor) -> bool:
         other = self._of.env[node]
@@ -249,7 +219,7 @@ class _Needs:
 
     def _again(self, node: Node) -> None:
         if self._of.computes(node) and node not in self._of.plain:
-            raise _NotSplittable(f"its result `{node.name}` has several parts of one memory")
+            raise NotCapturable(f"its result `{node.name}` has several parts of one memory")
         self.later.add(node)
         for given in node.all_input_nodes:
             self.add(given)

@@ -1,7 +1,7 @@
 """The front end: the step of a model, or modules of it, run through graphs during a run."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from math import inf
@@ -27,7 +27,7 @@ Kind = Literal["hpu_graph", "direct", "hpu_backend", "inductor"]
 
 # What tracing costs, and after how many batches it has paid for itself: `python -m benchmarks.graphs`, docs/graphs.md.
 _SECONDS_PER_MODULE = 0.02
-_WORTH_A_THOUGHT = 1.0
+_NEGLIGIBLE_SECONDS = 1.0
 _BREAK_EVEN = 400
 _BREAK_EVEN_BLOCKS = 120
 # A network that a step calls more often than this is in a loop, which tracing the step would unroll.
@@ -64,12 +64,12 @@ class StepGraphs:
 
     Args:
         root: The model whose step runs.
-        device: Where it is in a run.
+        device: The device that it is on during a run.
         config: Its options for graphs are used.
-        kind: As `graph_kind` says.
+        kind: What `graph_kind` returned.
 
     Raises:
-        ValueError: If `graph_modules` names a module that there is not, or one inside of another.
+        ValueError: If `graph_modules` names a module that does not exist, or one inside of another.
     """
 
     def __init__(self, root: nn.Module, device: torch.device, config: InferenceConfig, kind: Kind) -> None:
@@ -80,25 +80,26 @@ class StepGraphs:
         self._context = GraphContext(root, config, device, kind)
         self._kept: KeptWeights | None = None
         self._calls: dict[str, TracedCall] = {}
-        """By name: the step, networks, kinds of blocks."""
+        """By name: the step, the networks, the kinds of blocks."""
         self._modules: dict[str, list[nn.Module]] | None = None
-        """What is traced by itself; None while that is the whole step."""
+        """The modules that are traced by themselves; None while the whole step is traced."""
         names = config.graph_modules
         if names is not None:
             self._modules = repeated_blocks(root) if names == "blocks" else named_modules(root, names)
             if not self._modules:
                 self._context.warn(
                     "blocks",
-                    f"`graph_modules='blocks'` has no effect: {type(root).__name__} has no `nn.ModuleList` of like"
-                    " modules. Name modules, or leave it out.",
+                    f"`graph_modules='blocks'` has no effect: {type(root).__name__} has no `nn.ModuleList` of modules"
+                    " of one class. Name modules, or leave it out.",
                 )
         self._planned = False
         self._chosen = False
         """Whether what is traced was chosen by the length of the run."""
         self._batches: float = inf
         self._batches_before = 0
-        """Batches of earlier runs, which this one adds to."""
+        """Batches of earlier runs."""
         self._networks: dict[str, list[nn.Module]] = {}
+        """Those that the step called in the first batch."""
         # Graphs hold device memory, and Dynamo may hold graphs: free it without waiting for the garbage collector.
         self._release = weakref.finalize(self, self._context.release)
         self._release.atexit = False
@@ -107,15 +108,15 @@ class StepGraphs:
 
     @property
     def counts(self) -> GraphCounts:
-        """What was done in the newest run."""
+        """What the graphs did in the current run, or in the last one."""
         return self._context.counts
 
     def release(self) -> None:
-        """Free the device memory that graphs hold. These graphs are of no more use then."""
+        """Free the device memory of all graphs. Not during a run; this object must not be used afterwards."""
         self._release()
 
     def can_reuse(self, root: nn.Module, device: torch.device, config: InferenceConfig, kind: str) -> bool:
-        """Whether these graphs are of use in such a run."""
+        """Whether these graphs can be used in a run with these arguments, as for the constructor."""
         modules = set(root.modules())
         return (
             self._root is root
@@ -125,12 +126,12 @@ class StepGraphs:
         )
 
     def expect(self, batches: float) -> None:
-        """Say how many batches the run has, before the first one; infinity if that is not known."""
+        """Set how many batches the run has, before the first one; infinity if that is not known."""
         self._batches = batches
 
     @contextmanager
     def attached(self, step: Step, observer: Observer | None = None) -> Iterator[Step]:
-        """Surround a run with this, with the model on the device.
+        """Surround a run with this. The model must be on the device.
 
         Args:
             step: What is called per batch.
@@ -143,7 +144,7 @@ class StepGraphs:
         self._batches_before = context.step
         self._batches = inf
         if self._chosen:
-            # Many short runs may pay together.
+            # Many short runs together may be worth a trace.
             self._modules, self._planned, self._chosen = None, False, False
         context.begin(observer or Observer())
         if self._kept is not None:
@@ -155,29 +156,27 @@ class StepGraphs:
             stack.enter_context(_habana.without_naming_hooks(self._root))
             self._sites = CallSites()
             stack.callback(self._sites.close)
-            stack.callback(self._settle)
+            stack.callback(self._wait_for_replays)
             if self._kind == "hpu_graph":
                 stack.enter_context(context.replacements.watched())
             for call in self._calls.values():
                 call.begin_run()
-            if self._kind == "direct":
-                self._attach_direct()
-            elif self._modules is not None:
+            if self._modules is not None:
                 self._attach(self._modules)
             try:
                 yield partial(self._run, step)
             except BaseException:
-                # What a graph wrote last may be half done; and once the model has moved, no graph reads its weights.
-                self._settle()
+                # The last replay may be incomplete; and once the model has moved, graphs would read old weights.
+                self._wait_for_replays()
                 context.release()
                 raise
-            if self._kind == "hpu_graph" and any(graph.holds_graphs for graph in context.graphs()):
+            if self._kind == "hpu_graph" and context.holds_graphs():
                 self._kept = KeptWeights(self._root)
 
-    def _settle(self) -> None:
+    def _wait_for_replays(self) -> None:
         """Wait for the last replay, since graphs may be freed at any time after a run."""
-        if self._kind in ("hpu_graph", "direct") and any(graph.holds_graphs for graph in self._context.graphs()):
-            with suppress(Exception):  # A fault of the device has surfaced, or will.
+        if self._context.holds_graphs():
+            with suppress(Exception):  # an error of the device is raised where its results are read
                 _habana.synchronize()
 
     # A batch
@@ -194,11 +193,11 @@ class StepGraphs:
             output = call(step, *args, **kwargs)
             if call.given_up:
                 self._use_networks(call.given_up)
-        self._context.tell()
+        self._context.emit_warnings()
         return output
 
     def _first(self, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the first batch plainly, and see which networks the step calls; then choose what is traced."""
+        """Run the first batch plainly, note which networks the step calls, and choose what is traced."""
         if self._modules is not None:
             return step(*args, **kwargs)
         call, calls = self._call(_STEP), OutermostCalls(self._root)
@@ -218,11 +217,11 @@ class StepGraphs:
         return output
 
     def _choose(self) -> None:
-        """Trace the step, its blocks or nothing: what pays in the batches that the run has."""
+        """Trace the step, its blocks or nothing: whichever pays in the batches that the run has."""
         leaves = sum(1 for module in self._root.modules() if next(module.children(), None) is None)
         seconds = leaves * _SECONDS_PER_MODULE
         batches = self._batches + self._batches_before
-        if seconds <= _WORTH_A_THOUGHT or batches >= _BREAK_EVEN:
+        if seconds <= _NEGLIGIBLE_SECONDS or batches >= _BREAK_EVEN:
             return
         self._chosen = True
         blocks = repeated_blocks(self._root)
@@ -246,7 +245,7 @@ class StepGraphs:
         """Run the step plainly from now on, and trace the networks that it calls by themselves."""
         self._modules = self._networks
         if not self._networks and reason == NOTHING:
-            return  # There is nothing that could be faster.
+            return
         names = ", ".join(f"`{name}`" for name in self._networks)
         after = f"graphs are made of the networks that it calls: {names}" if names else "it calls no networks either"
         remedy = ""
@@ -264,13 +263,15 @@ class StepGraphs:
     def _call(self, name: str, root: nn.Module | None = None) -> TracedCall:
         call = self._calls.get(name)
         if call is None:
-            of_modules = root is not None
-            call = TracedCall(root or self._root, name, self._context, of_modules=of_modules)
+            call = TracedCall(root or self._root, name, self._context, of_modules=root is not None)
             self._calls[name] = call
-            call.begin_run()
         return call
 
     def _attach(self, kinds: dict[str, list[nn.Module]]) -> None:
+        if self._kind == "direct":
+            direct = DirectGraphs(self._context)
+            self._sites.attach([module for modules in kinds.values() for module in modules], direct)
+            return
         for name, modules in kinds.items():
             self._sites.attach(modules, partial(self._run_module, self._call(f"`{name}`", modules[0])))
 
@@ -283,8 +284,3 @@ class StepGraphs:
                 " tensor, or name other modules (`graph_modules`).",
             )
         return output
-
-    def _attach_direct(self) -> None:
-        assert self._modules is not None  # the configuration asks for names
-        modules: Sequence[nn.Module] = [module for each in self._modules.values() for module in each]
-        self._sites.attach(modules, DirectGraphs(self._context))

@@ -1,4 +1,4 @@
-"""The captured graphs of one FX graph: found by the weights and the shape of a call, bounded, dropped when unused."""
+"""The captured graphs of one FX graph: found by weights and cache key, bounded, dropped when unused."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.graphs.key import Key
+from lightning_hpu_infer.graphs.padding import PadState
 from lightning_hpu_infer.graphs.replacements import DataReplacements
 
-Key = tuple[Any, ...]
-"""What tells calls apart: Python numbers, shapes, strides and dtypes of tensors, values on the host."""
-
-# Shapes, and sets of weights, that are remembered without a graph.
+# Keys, and sets of weights, that are remembered without a graph.
 _MAX_KNOWN = 1024
 
 
@@ -23,52 +22,51 @@ class Captured:
     """One captured graph."""
 
     run: Callable[..., list[Tensor]]
-    """Takes the tensors that change from call to call; its results are overwritten by the next call."""
+    """Takes the tensors that change from call to call. The next call overwrites its results."""
     carried: list[Tensor]
-    """Memory of its own in place of inputs that it writes to and that are no buffers of the model."""
+    """The graph's copies of inputs that it writes to and that are not buffers of the model."""
     to_verify: int = 0
     """Calls that are still to be compared with the plain ops."""
     nbytes: int = 0
-    """Device memory that the capture took, roughly."""
+    """Device memory that the capture took, in bytes, roughly."""
     used: int = 0
-    """The call that used it last."""
+    """Number of the call that used it last."""
 
 
 @dataclass
 class Candidate:
-    """A shape without a graph."""
+    """A key without a graph."""
 
     seen: int = 0
     since: int = 0
-    """The call that `seen` counts from."""
+    """Number of the call that `seen` counts from."""
     evicted: bool = False
+    """Whether it had a graph, which was dropped for another one."""
     plain: str = ""
-    """Why it will never have a graph."""
-    may_pad: bool = True
-    padded: bool = False
-    """Whether it was run in a larger graph before."""
+    """Why it will never have a graph; empty if it may."""
+    padding: PadState = field(default_factory=PadState)
 
 
 @dataclass(eq=False)
 class WeightsGraphs:
-    """Graphs that were captured with the same tensors: they read this memory, whatever the model holds."""
+    """Graphs that were captured with the same weights: they read this memory, whatever weights the model has now."""
 
     tensors: tuple[Any, ...]
-    """Those tensors; their `id`s while there is no graph, so that nothing is kept alive."""
+    """The weights; their `id`s while there is no graph, so that nothing is kept alive."""
     replacements: int
-    """How many replacements of tensor data were looked at."""
+    """The value of `DataReplacements.count` when they were last checked."""
     used: int
-    """The call that found them last."""
+    """Number of the call that found them last."""
     graphs: OrderedDict[Key, Captured] = field(default_factory=OrderedDict)
     """Least recently used first."""
     candidates: OrderedDict[Key, Candidate] = field(default_factory=OrderedDict)
     frozen: bool = False
-    """Whether no graph may take another one's place any more."""
+    """Whether graphs are no longer dropped for others."""
     refused: int = 0
-    """How often there was no place for a graph."""
+    """How often there was no room for a graph."""
 
     def candidate(self, key: Key) -> Candidate:
-        """What is known of a shape without a graph."""
+        """What is known of a key without a graph."""
         found = self.candidates.setdefault(key, Candidate())
         self.candidates.move_to_end(key)
         if len(self.candidates) > _MAX_KNOWN:
@@ -83,10 +81,10 @@ class WeightsGraphs:
         return graph
 
     def evictable(self, candidate: Candidate, call: int) -> Key | None:
-        """The least recently used graph, if a new shape may take its place.
+        """The least recently used graph, if it may be dropped for a new key; None otherwise.
 
-        It may if the shape came twice since that graph was used: more shapes in turn than there may be graphs would
-        replace each other without end. A shape whose graph was dropped and that comes back shows the same.
+        It may if the key came twice since that graph was used: more keys in turn than `max_graphs` would replace each
+        other without end. So would a key that comes back after its graph was dropped.
         """
         self.frozen |= candidate.evicted
         oldest = next(iter(self.graphs))
@@ -102,25 +100,25 @@ class WeightsGraphs:
 
 
 class GraphStore:
-    """All captured graphs of one FX graph, by the tensors that they were captured with.
+    """All captured graphs of one FX graph, by the weights that they were captured with. Main thread only.
 
     Args:
-        replacements: Knows which tensors were given other memory.
+        replacements: Records which tensors were given other memory.
     """
 
     def __init__(self, replacements: DataReplacements) -> None:
         self._replacements = replacements
         self._captured: list[WeightsGraphs] = []
         self._known: dict[tuple[int, ...], WeightsGraphs] = {}
-        """Those without a graph, by the `id`s of their tensors."""
+        """Those without a graph, by the `id`s of their weights."""
         self.dropped = 0
-        """How often graphs were dropped since a tensor of theirs was given other memory."""
+        """How often graphs were dropped because a weight was given other memory."""
 
     def __bool__(self) -> bool:
         return any(each.graphs for each in self._captured)
 
     def find(self, tensors: tuple[Any, ...], call: int) -> WeightsGraphs:
-        """The graphs that were captured with these very tensors; without any graph if there are none."""
+        """The graphs that were captured with these tensor objects; an entry without graphs if there are none."""
         for each in self._captured:
             if all(map(is_, each.tensors, tensors)):
                 if each.replacements != self._replacements.count:
@@ -139,11 +137,12 @@ class GraphStore:
         return known
 
     def add(self, found: WeightsGraphs, tensors: tuple[Any, ...], key: Key, graph: Captured, call: int) -> None:
-        """Keep a graph, and from its first one on the tensors that it was captured with."""
+        """Keep a graph, and with the first one of `found` a reference to its weights."""
         if not any(each is found for each in self._captured):
             self._known.pop(found.tensors, None)
             found.tensors, found.replacements, found.used = tensors, self._replacements.count, call
-            # Some are gone for good, a few may come back: an adapter, say. Blocks that share this are all in use.
+            # Weights that were replaced never come back, those of an adapter may. All blocks that share this FX graph
+            # are in use.
             limit = 16 + 4 * len(self._captured)
             for unused in [each for each in self._captured if call - each.used > limit]:
                 self._drop(unused)
@@ -153,10 +152,10 @@ class GraphStore:
         graph.used = call
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:
-        """Take other tensor objects for those of an earlier run.
+        """Replace the tensor objects of an earlier run.
 
         Args:
-            now: Per former tensor, by `id`, the one that shows its memory; None if no tensor does.
+            now: Per former tensor, by `id`, the one that has its memory now. Graphs of a tensor with None are dropped.
         """
         self._known.clear()
         for each in list(self._captured):
@@ -168,7 +167,7 @@ class GraphStore:
     def clear(self) -> None:
         """Free all graphs, of which none may be running.
 
-        The garbage collector may do so, in any thread and where the device is gone, so the device is asked nothing.
+        The garbage collector may call this in any thread, and when the device is gone, so the device is asked nothing.
         """
         self._captured.clear()
         self._known.clear()

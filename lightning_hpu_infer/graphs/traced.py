@@ -1,9 +1,9 @@
-"""A function that runs plainly until tracing it pays, and then through what TorchDynamo made of it."""
+"""A function that runs plainly until a shape comes again, and then through what TorchDynamo made of it."""
 
 import weakref
-from collections import OrderedDict, UserDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,19 +13,20 @@ from torch.fx import GraphModule
 from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.capture import CapturedGraph
 from lightning_hpu_infer.graphs.compiled import CompiledGraph
-from lightning_hpu_infer.graphs.context import GraphContext
-from lightning_hpu_infer.graphs.split import split
+from lightning_hpu_infer.graphs.context import GraphContext, in_words
+from lightning_hpu_infer.graphs.examine import Examination, NotCapturable
+from lightning_hpu_infer.graphs.split import rewrite_masks, split
 from lightning_hpu_infer.lengths.pad import PadSpec
+from lightning_hpu_infer.nested import tensors_in
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 # Shapes of calls that are remembered.
 _MAX_SHAPES = 4096
-# Sets of modes and classes that are traced apart.
+# Sets of modes and classes that are traced separately.
 _MAX_VARIANTS = 8
-# So many more calls that trace than what pays for them, and a function is no longer traced.
+# A call that traces adds 1 to a function's debt, any other call takes 1 / 16 off. Above this it is no longer traced.
 _MAX_DEBT = 4.5
-# Calls without tracing that pay for one with.
 _CALLS_PER_TRACE = 16
 _NEW = "its shapes are new"
 NOTHING = "there is nothing in it that TorchDynamo can trace"
@@ -33,12 +34,12 @@ TRACING_FAILED = "tracing failed"
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Compiled in copies, each with a cache of its own."""
+    """Call a function. Compiled in copies, so that each has a separate cache."""
     return function(*args, **kwargs)
 
 
 def _run_module(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Likewise. Dynamo does not guard which module it is, so that like modules share what was traced."""
+    """Call a module. Dynamo does not guard which one it is, so that modules of one kind share a trace."""
     return _torch.call_module(module, *args, **kwargs)
 
 
@@ -49,8 +50,8 @@ class TracedCall:
     only.
 
     Args:
-        root: The module whose classes decide what a call does.
-        name: What messages call it.
+        root: The module whose classes are watched for patches.
+        name: What messages call the function.
         context: What the graphs of a run share.
         of_modules: Whether the function given to each call is a module.
     """
@@ -64,25 +65,26 @@ class TracedCall:
         self._shapes: OrderedDict[Shapes, int] = OrderedDict()
         """The step in which each was first seen; -1 for those that have been traced."""
         self._sizes: dict[Any, list[list[set[int]]]] = {}
-        """Per kind of arguments: up to two sizes seen, by tensor and dimension."""
+        """Per structure of the arguments: up to two sizes seen, by tensor and dimension."""
         self._variants: dict[Any, Callable[..., Any]] = {}
         self._varying: dict[Any, list[tuple[int, int]]] = {}
-        """Per kind of arguments: the dimensions that Dynamo was told to vary, by tensor."""
+        """Per structure of the arguments: the dimensions that were marked as dynamic, by tensor."""
         self._come_again = False
-        """Whether shapes that were not traced came for the second time."""
-        self._classes = _torch.ClassFunctions(())
+        """Whether the shapes of this call came before and have not been traced, so that Dynamo may trace now."""
         self._debt = 0.0
         self._failure: Exception | None = None
         self._with_graphs = self._idle = 0
+        """FX graphs that have device graphs, and those that launch nothing."""
         self._without = ""
-        """Why a part of what was traced has no graph."""
+        """Why a traced part has no graph; empty if all have one."""
         self.given_up = ""
-        """Why it is traced no longer; empty while it may be."""
+        """Why the function is no longer traced; empty while it may be."""
+        self._watch_classes()
 
     def begin_run(self) -> None:
-        """Forget shapes that were not traced: they may not come again."""
+        """Forget the shapes that were not traced: they may not come again."""
         self._shapes = OrderedDict((shapes, step) for shapes, step in self._shapes.items() if step < 0)
-        self._look_at_classes()
+        self._watch_classes()
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the function with these arguments."""
@@ -99,20 +101,16 @@ class TracedCall:
             variant = _torch.compile_function(traced, self._backend, self._fails, self._took)
             self._variants[key] = variant
         traces = self._context.counts.traces
-        if self._come_again:
-            # Dynamo may trace now.
-            with _torch.dynamic_dims(self._dynamic_dims(args, kwargs)):
-                output = variant(function, args, kwargs)
-        else:
+        with _torch.dynamic_dims(self._dynamic_dims(args, kwargs) if self._come_again else []):
             output = variant(function, args, kwargs)
-        if traces != self._context.counts.traces or first or self._failure is not None or self._context.gives_up:
+        if traces != self._context.counts.traces or first or self._failure is not None or self._context.stop_reason:
             self._traced()
         else:
             self._debt = max(0.0, self._debt - 1 / _CALLS_PER_TRACE)
         return output
 
     def first(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the function plainly, and remember the shapes."""
+        """Call the function plainly, and note the shapes."""
         self._note(self._shapes_of(args, kwargs))
         self._context.counts.plain(_NEW)
         return function(*args, **kwargs)
@@ -156,7 +154,7 @@ class TracedCall:
                     known.add(size)
 
     def _may_be_padded(self, shapes: Shapes) -> bool:
-        """Whether a larger batch was traced, of which this one has only fewer rows."""
+        """Whether shapes were traced that differ from these in having more rows and nothing else."""
         if not self._context.config.pad_batch:
             return False
         return any(
@@ -169,34 +167,34 @@ class TracedCall:
         )  # fmt: skip
 
     def _dynamic_dims(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, int]]:
-        """The dimensions that are known to vary, so that they need no trace of their own.
+        """The dimensions that are known to vary, so that their sizes need no separate traces.
 
-        Where anything varies, token ids and masks are expected to vary in all dimensions. Once something was said to
-        vary, nothing is added: Dynamo's guards compare it, and would trace anew for that alone.
+        Where anything varies, token ids and masks are expected to vary in all dimensions. Once dimensions are marked,
+        none is added: Dynamo's guards compare the marks, and would trace again for that alone.
         """
         tensors = list(tensors_in((args, kwargs)))
         found = self._varying.get(self._structure)
         if not found:
             found = self._varying[self._structure] = self._find_varying(tensors, args)
-        return [(tensors[place], dim) for place, dim in found if tensors[place].shape[dim] > 1]
+        return [(tensors[index], dim) for index, dim in found if tensors[index].shape[dim] > 1]
 
     def _find_varying(self, tensors: list[Tensor], args: tuple[Any, ...]) -> list[tuple[int, int]]:
         config, found = self._context.config, []
         known = self._sizes.get(self._structure, [])
         vary = any(len(sizes) > 1 for dims in known for sizes in dims)
-        for place, (tensor, dims) in enumerate(zip(tensors, known, strict=False)):
+        for index, (tensor, dims) in enumerate(zip(tensors, known, strict=False)):
             ids = vary and not tensor.is_floating_point()
-            found += [(place, dim) for dim, sizes in enumerate(dims) if ids or len(sizes) > 1]
+            found += [(index, dim) for dim, sizes in enumerate(dims) if ids or len(sizes) > 1]
             if config.pad_batch and dims:
-                found.append((place, 0))
+                found.append((index, 0))
         if isinstance(config.pad_spec, PadSpec) and args and not self._of_modules:
-            places = {id(tensor): place for place, tensor in enumerate(tensors)}
-            found += [(places[id(t)], dim % t.dim()) for t, dim in config.pad_spec.lengths_in(args[0])]
+            indices = {id(tensor): index for index, tensor in enumerate(tensors)}
+            found += [(indices[id(t)], dim % t.dim()) for t, dim in config.pad_spec.lengths_in(args[0])]
         return list(dict.fromkeys(found))
 
     # Tracing
 
-    def _look_at_classes(self) -> None:
+    def _watch_classes(self) -> None:
         self._classes = _torch.ClassFunctions(dict.fromkeys(type(module) for module in self._root.modules()))
 
     def _backend(self, module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -204,13 +202,18 @@ class TracedCall:
         context = self._context
         context.counts.traces += 1
         context.name = self.name
-        parts = split(module, context.device.type)
+        rewrite_masks(module)
         if context.kind != "hpu_graph":
             self._with_graphs += 1
-            return CompiledGraph(module, parts, _torch.compile_with(context.kind, module, example_inputs), context)
+            examined: Examination | None = None
+            with suppress(NotCapturable):
+                examined = Examination(module, context.device.type)
+            compiled = _torch.compile_with(context.kind, module, example_inputs)
+            return CompiledGraph(module, examined, compiled, context)
+        parts = split(module, context.device.type)
         if parts.captured is not None:
             if parts.reason:
-                context.partly(parts.reason)
+                context.counts.reasons[f"partly: {parts.reason}"] += 1
             self._with_graphs += 1
             return CapturedGraph(module, parts, context)
         if not parts.reason:
@@ -228,38 +231,22 @@ class TracedCall:
         self._context.counts.trace_seconds += seconds
 
     def _fails(self, error: Exception) -> None:
-        """Called by Dynamo's callback: a frame was not traced, and runs as Python."""
+        """Called by Dynamo's callback when a frame was not traced, and runs as Python."""
         self._failure = self._failure or error
 
     def _traced(self) -> None:
-        """Judge after a call that traced whether that leads anywhere."""
-        self._look_at_classes()
+        """Decide after a call that traced whether to go on tracing."""
+        self._watch_classes()
         self._debt += 1
         failure = ""
         if self._failure is not None:
             error, self._failure = self._failure, None
-            message = " ".join(str(error).split("\n\n")[0].split())[:300]
-            failure = f"{TRACING_FAILED}{_torch.line_of(error)} ({type(error).__name__}: {message})"
-        if self._context.gives_up:
-            self.given_up, self._context.gives_up = self._context.gives_up, ""
+            failure = f"{TRACING_FAILED}{_torch.line_of(error)} ({in_words(error)})"
+        if self._context.stop_reason:
+            self.given_up, self._context.stop_reason = self._context.stop_reason, ""
         elif self._debt > _MAX_DEBT:
             self.given_up = "it is traced anew in nearly every call, since it uses a Python value that changes"
         elif not self._with_graphs and (failure or self._without or not self._idle):
             self.given_up = failure or self._without or NOTHING
         elif failure or self._without:
-            self._context.fails(failure or self._without)
-
-
-def tensors_in(data: Any) -> Iterator[Tensor]:
-    """The tensors in nested containers, in order. What is unknown is passed over."""
-    if isinstance(data, Tensor):
-        yield data
-    elif isinstance(data, Mapping | UserDict):
-        for value in data.values():
-            yield from tensors_in(value)
-    elif isinstance(data, list | tuple):
-        for value in data:
-            yield from tensors_in(value)
-    elif is_dataclass(data) and not isinstance(data, type):
-        for each in fields(data):
-            yield from tensors_in(getattr(data, each.name, None))
+            self._context.warn_of_plain_part(failure or self._without)

@@ -1,22 +1,22 @@
-"""The device memory that graphs read, kept from one run to the next while the model is on the host."""
+"""The device memory that graphs read, kept from run to run while the model is on the host."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Place = tuple[nn.Module, str]
-"""A module that holds a tensor, and the name under which it does."""
+from lightning_hpu_infer import _torch
+
+Slot = tuple[nn.Module, str]
+"""A module, and the name of one of its parameters or buffers."""
 
 
-def _held(root: nn.Module) -> Iterator[tuple[Place, Tensor]]:
+def _registered(root: nn.Module) -> Iterator[tuple[Slot, Tensor]]:
     for owner in root.modules():
-        tensors: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
-        for each in tensors:
-            for name, tensor in each.items():
-                if tensor is not None:
-                    yield (owner, name), tensor
+        # A tensor that is registered twice is yielded twice, which the methods that torch has leave out.
+        for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                yield (owner, name), tensor
 
 
 class KeptWeights:
@@ -30,37 +30,37 @@ class KeptWeights:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._kept = {place: (tensor, tensor.detach()) for place, tensor in _held(root)}
+        self._kept = {slot: (tensor, tensor.detach()) for slot, tensor in _registered(root)}
 
     @torch.no_grad()
     def restore(self, root: nn.Module) -> dict[int, Tensor | None]:
-        """Copy the model's present values into the kept memory, and make its tensors show that.
+        """Copy the model's present values into the kept memory, and point its tensors to that.
 
-        So graphs of an earlier run are right again, whatever happened to the values in between.
+        So the graphs of an earlier run are valid, whatever happened to the values in between.
 
         Args:
             root: The model, back on the device.
 
         Returns:
-            Per tensor object of the earlier run, by `id`, the one that shows its memory now. None if there is none,
-            since its shape, dtype or place changed.
+            Per tensor object of the earlier run, by `id`, the one that has its memory now. None if there is none,
+            since its shape, strides, dtype or device changed, or the tensor was replaced.
         """
         now: dict[int, Tensor | None] = {id(before): None for before, _ in self._kept.values()}
         filled: set[int] = set()
         with torch.inference_mode(False):
-            for place, tensor in _held(root):
-                before, kept = self._kept.get(place, (None, None))
-                if before is None or kept is None or _layout(kept) != _layout(tensor) or tensor.is_inference():
+            for slot, tensor in _registered(root):
+                before, kept = self._kept.get(slot, (None, None))
+                if before is None or kept is None or tensor.is_inference() or not _fits(tensor, kept):
                     continue
                 if id(before) not in filled:
                     filled.add(id(before))
                     kept.copy_(tensor.detach())
                     now[id(before)] = tensor
                 elif tensor is not now[id(before)] and not torch.equal(kept, tensor):
-                    continue  # It was shared with another one, and is no longer.
+                    continue  # it was tied to another one, and no longer is
                 tensor.data = kept
         return now
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _fits(tensor: Tensor, kept: Tensor) -> bool:
+    return tensor.device == kept.device and _torch.tensor_description(tensor) == _torch.tensor_description(kept)

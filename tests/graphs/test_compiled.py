@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
 from lightning_hpu_infer.graphs import StepGraphs
+from tests.graphs.models import IN_PLACE, Model, sizes
 from tests.helpers import Broken, Net, Rows, assert_equal, assert_like_stock, installed, predict, rows, trainer
 
 
@@ -139,6 +140,30 @@ def test_a_failed_compilation_costs_the_graph_not_the_batch() -> None:
             assert_equal(step(x, i), nn.Sequential(*module.net)(x))
 
 
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (lambda results: results[99], "compiling failed .IndexError: tuple index out of range"),
+        (lambda results: tuple(result + 0.5 for result in results), "its program differs from the plain ops .*0.5"),
+    ],
+    ids=["raises", "wrong results"],
+)
+def test_a_program_that_is_faulty_costs_the_graph_only(faulty: Any, message: str) -> None:
+    """Many backends compile, and fail, in the first call."""
+    name: Any = f"faulty_in_a_test_{message[:9]}"
+    torch._dynamo.register_backend(lambda graph, inputs: lambda *args: faulty(graph.forward(*args)), name=name)
+    model = Model(IN_PLACE[0]).eval()
+    expected, graphs = copy.deepcopy(model), StepGraphs(model, torch.device("cpu"), InferenceConfig(), name)
+    with (
+        torch.inference_mode(),
+        graphs.attached(model.forward) as step,
+        pytest.warns(UserWarning, match=f"`predict_step` runs without torch.compile: {message}"),
+    ):
+        for i, x in enumerate(sizes(2, 2, 2, 2)):
+            assert_equal(step(x, i), expected(x, i))
+        assert_equal(model.network.total, expected.network.total)
+
+
 @pytest.mark.usefixtures("eager")
 def test_in_eager_mode_compiled_steps_survive_to_the_next_run_and_notice_new_weights() -> None:
     module, ours = Net(), trainer(HPUInferenceAccelerator())
@@ -180,7 +205,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch", "ignore::FutureWarning:torch")
 def test_on_the_cpu_inductor_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler the step is compiled; without one it runs plainly. Either way the numbers are right."""
-    # Inductor would set them for good.
+    # Inductor would set them permanently.
     for name in ("TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"):
         monkeypatch.setenv(name, str(tmp_path))
     with _inductor.config.patch(compile_threads=1):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, emulator
 from lightning_hpu_infer.graphs import StepGraphs
 from lightning_hpu_infer.graphs.counts import GraphCounts
-from tests.graphs.test_capture import BATCHES, HPU, Model, Network, on_host, one_warning, sizes
+from tests.graphs.models import BATCHES, HPU, Model, Network, on_host, one_warning, sizes
 from tests.helpers import Net, assert_equal, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")

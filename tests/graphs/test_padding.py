@@ -1,4 +1,4 @@
-"""`pad_batch`: batches with fewer rows use a larger graph, and nobody can tell."""
+"""`pad_batch`: batches with fewer rows use a larger graph, with equal predictions."""
 
 import copy
 from collections.abc import Callable
@@ -141,7 +141,7 @@ def test_padding_goes_with_its_graph() -> None:
     ids=["by a size that was padded before", "by new sizes"],
 )
 def test_a_graph_that_short_batches_use_is_in_use(sizes: tuple[int, ...]) -> None:
-    """The third graph drops the second one, and the first is still there for a batch of its own size."""
+    """The third graph drops the second one, and the first is still there for a batch of its size."""
     _, counts = run(lambda linear, x: linear(x), *sizes, max_graphs=2, verify_graphs=0)
     assert (counts.captures, counts.evictions, counts.padded) == (3, 1, 2)
 

@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_hpu_infer import _torch
-from lightning_hpu_infer.graphs.split import Split, split
+from lightning_hpu_infer.graphs.examine import Examination
+from lightning_hpu_infer.graphs.split import Split, rewrite_masks, split
 from tests.helpers import assert_equal
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -37,11 +38,15 @@ class Runs:
 
     def __init__(self, device_type: str) -> None:
         self.parts: list[Split] = []
+        self.random = False
+        """Whether any graph draws random numbers."""
         self._device_type = device_type
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """Called by Dynamo with each graph."""
+        rewrite_masks(module)
         parts = split(module, self._device_type)
+        self.random |= Examination(module, self._device_type).random
         self.parts.append(parts)
         captured, rest = parts.captured, parts.rest
         if captured is None:
@@ -61,8 +66,8 @@ class Runs:
             raise error
 
         self._failed, self._took = self._Method(failed), self._Method(lambda seconds: None)
-        own = _torch.with_its_code(lambda model, x: function(model, x))
-        return _torch.compile_function(own, self.__call__, self._failed.call, self._took.call)
+        copied = _torch.with_its_code(lambda model, x: function(model, x))
+        return _torch.compile_function(copied, self.__call__, self._failed.call, self._took.call)
 
     class _Method:
         def __init__(self, function: Callable[[Any], None]) -> None:
@@ -75,7 +80,7 @@ class Runs:
 def inputs(device: str) -> tuple[Model, Tensor]:
     model = Model().to(device).eval()
     for module in model.modules():
-        # The bridge's own, which a run takes off.
+        # Those of the bridge, which a run removes too.
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     return model, (torch.arange(12.0).reshape(3, 4) / 10 + 0.1).to(device)
@@ -83,12 +88,12 @@ def inputs(device: str) -> tuple[Model, Tensor]:
 
 def parts_of(function: Function, *, vary: bool = False) -> Split:
     """The parts of the only graph of a function, after the law was found to hold."""
-    (parts,) = all_parts(function, vary=vary)
+    (parts,) = runs_of(function, vary=vary).parts
     return parts
 
 
-def all_parts(function: Function, *, vary: bool = False) -> list[Split]:
-    """The parts of all graphs of a function; what it does equals plain Python, also to its inputs."""
+def runs_of(function: Function, *, vary: bool = False) -> Runs:
+    """All graphs of a function; what it does equals plain Python, also to its inputs."""
     runs = Runs("hpu")
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         outcomes = []
@@ -98,7 +103,7 @@ def all_parts(function: Function, *, vary: bool = False) -> list[Split]:
             with _torch.dynamic_dims([(x, 0)] if vary else []):
                 outcomes.append(_traces_of_changes(call(model, x), model, x))
         assert_equal(outcomes[1], outcomes[0])
-    return runs.parts
+    return runs
 
 
 def _traces_of_changes(result: Any, model: Model, x: Tensor) -> list[Any]:
@@ -167,7 +172,7 @@ def _without_gradients(model: Model, x: Tensor) -> Tensor:
 def test_device_ops_are_captured_as_a_whole(name: str) -> None:
     parts = parts_of(WHOLE[name])
     assert parts.captured is not None
-    assert (parts.rest, parts.reason, parts.random, parts.hosted) == (None, "", False, ())
+    assert (parts.rest, parts.reason, parts.hosted) == (None, "", ())
 
 
 ALIASES: dict[str, Function] = {
@@ -196,7 +201,7 @@ ALIASES: dict[str, Function] = {
 def test_rule_4_results_share_memory_as_in_plain_python(name: str) -> None:
     parts = parts_of(ALIASES[name])
     assert parts.captured is not None
-    assert (parts.reason, parts.random) == ("", False)
+    assert parts.reason == ""
 
 
 @pytest.mark.parametrize(
@@ -230,10 +235,11 @@ def _masked(y: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", BEHIND)
 def test_what_may_not_be_captured_runs_behind(name: str) -> None:
     function, reason = BEHIND[name]
-    parts = parts_of(function)
+    runs = runs_of(function)
+    (parts,) = runs.parts
     assert parts.captured is not None
     assert parts.reason.startswith(reason)
-    assert parts.random == (name == "random at the end")
+    assert runs.random == (name == "random at the end")
 
 
 # What is read again by captured ops, so that nothing or only what is before it may be captured.
@@ -246,9 +252,10 @@ MIDDLE: dict[str, tuple[Function, str]] = {
 @pytest.mark.parametrize("name", MIDDLE)
 def test_ops_after_what_may_not_be_captured_run_plainly_too(name: str) -> None:
     function, reason = MIDDLE[name]
-    for parts in all_parts(function):
+    runs = runs_of(function)
+    assert runs.random == (name == "random")
+    for parts in runs.parts:
         assert parts.reason.startswith(reason)
-        assert parts.random == (name == "random")
 
 
 @pytest.mark.parametrize("size", [1, 3 * 10**6])
@@ -284,8 +291,8 @@ def test_inputs_on_the_host_are_told(size: int) -> None:
 def test_rule_5_inputs_that_are_written_to_are_known(function: Function, writes: list[str]) -> None:
     parts = parts_of(function)
     assert parts.captured is not None
-    places = [node.name for node in parts.captured.graph.nodes if node.op == "placeholder"]
-    assert sorted("total" if "total" in places[i] else "x" for i in parts.written) == sorted(writes)
+    names = [node.name for node in parts.captured.graph.nodes if node.op == "placeholder"]
+    assert sorted("total" if "total" in names[i] else "x" for i in parts.written) == sorted(writes)
 
 
 # In each a plain op and a captured one use memory that one of them writes to, so that their order matters.
@@ -302,7 +309,7 @@ ORDER: list[Function] = [
 
 @pytest.mark.parametrize("function", ORDER)
 def test_rule_5_the_order_of_writes_and_reads_is_kept(function: Function) -> None:
-    all_parts(function)
+    runs_of(function)
 
 
 def test_symbolic_sizes_may_be_results() -> None:
@@ -311,7 +318,7 @@ def test_symbolic_sizes_may_be_results() -> None:
         torch._dynamo.graph_break()
         return y * size, size, x.shape[0]
 
-    first = all_parts(function, vary=True)[0]
+    first = runs_of(function, vary=True).parts[0]
     assert first.captured is not None
 
 
@@ -324,7 +331,7 @@ def test_a_graph_of_views_alone_has_nothing_to_capture(function: Function) -> No
 
 
 def test_a_function_without_ops_has_no_graph() -> None:
-    assert all_parts(lambda m, x: (x, 3)) == []
+    assert runs_of(lambda m, x: (x, 3)).parts == []
 
 
 def test_gradients_are_left_to_plain_ops() -> None:

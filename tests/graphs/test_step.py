@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
 from lightning_hpu_infer.graphs.counts import GraphCounts
-from tests.graphs.test_capture import HPU, Model, graphs_of, one_warning, run, sizes
+from tests.graphs.models import HPU, Model, graphs_of, one_warning, run, sizes
 from tests.helpers import Broken, BrokenStep, Net, Rows, assert_equal, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -119,7 +119,7 @@ class Encodes(Model):
 
 def test_blocks_are_traced_once_per_kind() -> None:
     counts = run(Encodes(), sizes(*[2] * 6), graph_modules="blocks")
-    # Each of the eight has a graph of its own weights.
+    # Each of the eight has a graph, since the weights differ.
     assert (counts.traces, counts.captures) == (2, 8)
     assert counts.replays >= 8 * 3
 
@@ -129,7 +129,7 @@ def test_blocks_of_one_kind_with_other_shapes_are_right() -> None:
 
 
 def test_a_model_without_blocks_is_told() -> None:
-    with one_warning("`graph_modules='blocks'` has no effect: Model has no `nn.ModuleList` of like modules"):
+    with one_warning("`graph_modules='blocks'` has no effect: Model has no `nn.ModuleList` of modules of one class"):
         assert run(Model(), graph_modules="blocks").captures == 0
 
 

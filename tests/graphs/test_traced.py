@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, _torch
-from tests.graphs.test_capture import BATCHES, HPU, Model, graphs_of, one_warning, run, sizes
+from tests.graphs.models import BATCHES, HPU, Model, graphs_of, one_warning, run, sizes
 from tests.helpers import Broken, Net, assert_equal, predict, rows
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -238,7 +238,7 @@ def test_rule_10_the_users_errors_come_out_as_they_are(at: int, where: str) -> N
 
 def test_rule_10_a_step_that_cannot_be_traced_gives_right_results(monkeypatch: pytest.MonkeyPatch) -> None:
     fails_to_trace(monkeypatch, 1)
-    with one_warning("without an HPU graph: tracing failed .InternalTorchDynamoError: a fault of its own"):
+    with one_warning("without an HPU graph: tracing failed .InternalTorchDynamoError: an internal fault"):
         counts = run(Model(), sizes(*[2] * 20))
     assert counts.replays >= 10  # of the network
 
@@ -260,14 +260,14 @@ def test_rule_10_a_network_that_cannot_be_traced_gives_right_results(monkeypatch
 
 
 def fails_to_trace(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """Let Dynamo fail on its own account, so many times."""
+    """Let Dynamo raise an internal error, so many times."""
     original, left = _torch._Callback.__init__, [times]
 
     def initialise(self: Any, inner: Any, *args: Any) -> None:
         def broken(*given: Any, **named: Any) -> Any:
             left[0] -= 1
             if left[0] >= 0:
-                raise torch._dynamo.exc.InternalTorchDynamoError("a fault of its own")
+                raise torch._dynamo.exc.InternalTorchDynamoError("an internal fault")
             return inner(*given, **named)
 
         original(self, broken, *args)
@@ -303,7 +303,7 @@ READS: dict[str, Callable[..., Any]] = {
     "a condition": lambda n, x: n.linear(x) if (x > 1).any() else n.linear(x) + 1,
     "a mask": mask,
     "a selection": lambda n, x: n.linear(x)[x > 0.5],
-    "places": lambda n, x: (n.linear(x), x.nonzero()),
+    "positions": lambda n, x: (n.linear(x), x.nonzero()),
     "to the host": lambda n, x: n.linear(x) + x.cpu().mean(),
     "from the host": lambda n, x: n.linear(x) + torch.ones(4).to(x.device),
     "a constant": lambda n, x: n.linear(x) + torch.tensor([1.0, 2.0, 3.0, 4.0], device=x.device),
@@ -318,7 +318,7 @@ def test_networks_that_read_the_device_are_right(name: str) -> None:
     run(Model(READS[name]))
 
 
-# What is left behind
+# What remains after a run
 
 
 @pytest.mark.parametrize("how", ["function", "module in place", "module", "step"])
