@@ -11,10 +11,9 @@ from torch.fx import GraphModule
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.graphs.compare import Snapshot
 from lightning_hpu_infer.graphs.context import GraphContext, in_words
-from lightning_hpu_infer.graphs.key import Key
 from lightning_hpu_infer.graphs.padding import Padding
 from lightning_hpu_infer.graphs.split import Split
-from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, WeightsGraphs
+from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
 from lightning_hpu_infer.observe.spans import Stage
 
 Arguments = tuple[Any, ...]
@@ -64,6 +63,7 @@ class CapturedGraph:
         self._numbers = [i for i, value in enumerate(values) if not isinstance(value, Tensor) and nodes[i].name in used]
         self._statics = _getter(self._static_slots)
         self._store = GraphStore(context.replacements)
+        context.register(self._store)
         self._calls = 0
         self._captured_in = -1
         self._misses, self._missed_in = 0, -1
@@ -71,7 +71,6 @@ class CapturedGraph:
         self._padding: Padding | None = None
         if context.config.pad_batch and not parts.written:
             self._padding = Padding(context, parts.results, values, self._slots, self._numbers)
-        context.register(self)
 
     def __call__(self, *args: Any) -> Any:
         """Replay the graph for these inputs, or run it plainly where it has no graph for them."""
@@ -90,19 +89,6 @@ class CapturedGraph:
         if graph.to_verify:
             return self._context.timed(Stage.CAPTURE, self._verified, found, key, args)
         return self._finish(args, self._replay(graph, args))
-
-    def release(self) -> None:
-        """Free all graphs, of which none may be running."""
-        self._store.clear()
-
-    def rebind(self, now: dict[int, Tensor | None]) -> None:
-        """Begin another run, in which other tensor objects may have the weights' memory: see `GraphStore.rebind`."""
-        self._store.rebind(now)
-
-    @property
-    def holds_graphs(self) -> bool:
-        """Whether any graph is captured."""
-        return bool(self._store)
 
     # Identity
 
@@ -182,7 +168,7 @@ class CapturedGraph:
         """Why a key gets no graph when it comes first; empty if it gets one."""
         if candidate.seen > 1:
             return ""
-        if self._store and not found.graphs:
+        if self._store.holds_graphs and not found.graphs:
             return "the weights that it is called with are new"
         if self._hosted:
             self._count_new_value("is given tensors on the host that change from call to call, which no graph can read")

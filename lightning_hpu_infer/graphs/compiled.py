@@ -11,8 +11,8 @@ from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.compare import Snapshot
 from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.examine import Examination
-from lightning_hpu_infer.graphs.key import Key
-from lightning_hpu_infer.graphs.padding import Padding, PadState
+from lightning_hpu_infer.graphs.padding import Padding
+from lightning_hpu_infer.graphs.store import Key, PadState
 from lightning_hpu_infer.observe.spans import Stage
 
 # Shapes of one FX graph that are remembered.

@@ -58,7 +58,7 @@ class GraphContext:
         """Keep a weak reference to what has captured graphs.
 
         Args:
-            graph: Has `release()`, `rebind(now)` and `holds_graphs`, as `CapturedGraph` does.
+            graph: Has `release()`, `rebind(now)` and `holds_graphs`, as `GraphStore` does.
         """
         self._graphs.add(graph)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_hpu_infer import _torch
 from lightning_hpu_infer.graphs.compare import difference
 from lightning_hpu_infer.graphs.context import GraphContext
-from lightning_hpu_infer.graphs.key import Key
+from lightning_hpu_infer.graphs.store import Key, PadState
 
 Sizes = tuple[str | int, ...]
 
@@ -27,14 +27,6 @@ class Fit:
     """The rows of the smaller one."""
     symbols: frozenset[str]
     """The symbolic sizes that differ: the numbers of rows of all inputs, which are not always known to be equal."""
-
-
-@dataclass
-class PadState:
-    """What is known of one shape's use of larger graphs."""
-
-    allowed: bool = True
-    verified: bool = False
 
 
 class Padding:

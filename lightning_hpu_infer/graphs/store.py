@@ -4,17 +4,34 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.graphs.key import Key
-from lightning_hpu_infer.graphs.padding import PadState
 from lightning_hpu_infer.graphs.replacements import DataReplacements
 
 # Keys, and sets of weights, that are remembered without a graph.
 _MAX_KNOWN = 1024
+
+
+class Key(NamedTuple):
+    """What distinguishes calls of one traced graph, besides the weights."""
+
+    numbers: tuple[Any, ...] = ()
+    """The Python numbers among its inputs."""
+    tensors: tuple[tuple[Any, ...], ...] = ()
+    """Shape, strides and dtype of each tensor that changes from call to call: `_torch.tensor_description`."""
+    host_values: int = 0
+    """Which set of values the host tensors among its inputs have; 0 if there are none."""
+
+
+@dataclass
+class PadState:
+    """What is known of one shape's use of larger graphs."""
+
+    allowed: bool = True
+    verified: bool = False
 
 
 @dataclass
@@ -114,7 +131,9 @@ class GraphStore:
         self.dropped = 0
         """How often graphs were dropped because a weight was given other memory."""
 
-    def __bool__(self) -> bool:
+    @property
+    def holds_graphs(self) -> bool:
+        """Whether any graph is captured."""
         return any(each.graphs for each in self._captured)
 
     def find(self, tensors: tuple[Any, ...], call: int) -> WeightsGraphs:
@@ -152,7 +171,7 @@ class GraphStore:
         graph.used = call
 
     def rebind(self, now: dict[int, Tensor | None]) -> None:
-        """Replace the tensor objects of an earlier run.
+        """Begin another run, in which other tensor objects may have the weights' memory.
 
         Args:
             now: Per former tensor, by `id`, the one that has its memory now. Graphs of a tensor with None are dropped.
@@ -164,7 +183,7 @@ class GraphStore:
                 self._drop(each)
             each.tensors, each.replacements = tensors, self._replacements.count
 
-    def clear(self) -> None:
+    def release(self) -> None:
         """Free all graphs, of which none may be running.
 
         The garbage collector may call this in any thread, and when the device is gone, so the device is asked nothing.
