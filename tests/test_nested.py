@@ -69,7 +69,9 @@ def test_tensors_are_replaced_in_a_copy_that_keeps_the_rest(make: Callable[[Tens
     assert [tensor.tolist() for tensor in tensors_in(doubled)] == [[2.0, 2.0]]
     assert [tensor is X for tensor in tensors_in(data)] == [True]  # the given one is as before
     assert size_of(data) == size_of(doubled) == 8
-    attributes = {name: value for name, value in getattr(data, "__dict__", {}).items() if name in ("tag", "_n_sequences")}
+    attributes = {
+        name: value for name, value in getattr(data, "__dict__", {}).items() if name in ("tag", "_n_sequences")
+    }
     assert attributes.items() <= getattr(doubled, "__dict__", {}).items()
     assert getattr(doubled, "default_factory", None) is getattr(data, "default_factory", None)
     assert getattr(doubled, "maxlen", None) == getattr(data, "maxlen", None)
