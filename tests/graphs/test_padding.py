@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer.graphs.padding import pad_rows
 from tests.helpers import Net, assert_equal, predict, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -163,3 +164,13 @@ def test_the_first_output_may_be_kept() -> None:
 def test_padding_is_compared_even_if_graphs_are_believed() -> None:
     with pytest.warns(UserWarning, match="rows added to a short batch change the others"):
         run(lambda linear, x: linear(x).softmax(0), 4, 4, 4, 4, 4, 3, 3, 3, verify_graphs=0)
+
+
+def test_rows_are_filled_up_with_the_last_one() -> None:
+    tensor = torch.tensor([[1, 2], [3, 4]])
+    assert pad_rows(tensor, 4).tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]
+    assert pad_rows(tensor, 2) is tensor
+    assert pad_rows(torch.tensor([True]), 2).tolist() == [True, True]
+    for wrong in (torch.ones(3), torch.ones(0), torch.ones(())):
+        with pytest.raises(ValueError, match="cannot be filled up to 2 rows"):
+            pad_rows(wrong, 2)

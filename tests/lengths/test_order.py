@@ -1,17 +1,99 @@
 """`group_by_length`: batches of like lengths; whatever the user sees is in the dataset's order."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
 from lightning_hpu_infer import HPUInferenceAccelerator
+from lightning_hpu_infer.lengths.order import grouped_order, lengths_of
 from tests.helpers import Net, Writer, assert_equal, predict, trainer
+
+# The lengths of samples, and their order
+
+
+class Texts(Dataset[dict[str, Any]]):
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"ids": [0] * self.lengths[at], "row": torch.zeros(self.lengths[at], 2), "number": self.lengths[at]}
+
+
+TEXTS = Texts([3, 1, 4])
+
+
+@pytest.mark.parametrize(
+    "group_by",
+    ["ids", "row", lambda sample: sample["number"], [3, 1, 4], (3, 1, 4), torch.tensor([3, 1, 4])],
+    ids=["key", "tensor", "function", "list", "tuple", "lengths in a tensor"],
+)
+def test_lengths_by_key_function_or_list(group_by: Any) -> None:
+    assert lengths_of(TEXTS, [2, 0, 2], group_by) == [4, 3, 4]
+    assert all(type(length) is int for length in lengths_of(TEXTS, [0], group_by))
+
+
+def test_known_lengths_load_no_sample() -> None:
+    class Untouched(Texts):
+        def __getitem__(self, at: int) -> dict[str, Any]:
+            raise AssertionError
+
+    assert lengths_of(Untouched([1, 2]), [1], [5, 6]) == [6]
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+    def __len__(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize("dataset", [Stream(), iter([1]), {1, 2}], ids=lambda dataset: type(dataset).__name__)
+def test_only_map_style_datasets_can_be_grouped(dataset: Any) -> None:
+    with pytest.raises(TypeError, match=f"map-style dataset only, .* {type(dataset).__name__} is not one"):
+        lengths_of(dataset, [0], [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("group_by", "error", "message"),
+    [
+        ("text", ValueError, "Sample 1 has nothing with a length under 'text'. It has 'ids', 'row', 'number'"),
+        ("number", ValueError, "Sample 1 has nothing with a length under 'number'"),
+        (lambda sample: 1.0, TypeError, "length of sample 1 must be an integer, got 1.0"),
+        (lambda sample: True, TypeError, "got True"),
+        (lambda sample: None, TypeError, "got None"),
+        (lambda sample: -2, ValueError, "length of sample 1 must not be negative, got -2"),
+        ([1, 2], ValueError, "has 2 lengths for a dataset of 3 samples"),
+    ],
+)
+def test_lengths_that_are_none(group_by: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lengths_of(TEXTS, [1], group_by)
+
+
+def test_a_sample_without_keys_says_what_it_is() -> None:
+    with pytest.raises(ValueError, match="It has none: it is of type str"):
+        lengths_of(["text"], [0], "ids")
+
+
+@given(st.lists(st.integers(0, 5)))
+def test_longest_first_and_otherwise_as_given(lengths: list[int]) -> None:
+    order = grouped_order(range(len(lengths)), lengths)
+    assert [(-lengths[i], i) for i in order] == sorted((-length, i) for i, length in enumerate(lengths))
+
+
+# Runs
 
 WORDS = [1 + (5 * i) % 13 for i in range(23)]
 
