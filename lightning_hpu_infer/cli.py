@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_hpu_infer.doctor import examine, gather_facts
 from lightning_hpu_infer.observe import timeline as plots
 from lightning_hpu_infer.observe.profiler import diagnose
+from lightning_hpu_infer.observe.render import render
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -47,8 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "trace", help="trace.json of a traced run, or a Chrome trace of torch.profiler (CPU, CUDA, HPU); .gz too"
     )
     command.add_argument("--plot", metavar="FILE", help="draw a timeline (.png, .svg, ...); needs matplotlib")
-    command.add_argument("--first", type=int, metavar="BATCH", help="first batch to draw (default: in the middle)")
-    command.add_argument("--last", type=int, metavar="BATCH", help="last batch to draw")
+    command.add_argument("--first", type=int, metavar="BATCH", help="first of the six batches to draw")
     command.add_argument("--json", metavar="FILE", help="write the report as JSON; - for standard output")
     command.set_defaults(run=_diagnose)
     command = commands.add_parser("doctor", help="whether predict would run on an HPU, and what is in its way")
@@ -71,17 +71,15 @@ def _no_collections() -> Iterator[None]:
 
 @_no_collections()
 def _diagnose(options: argparse.Namespace) -> int:
-    spans, report, skipped = diagnose(options.trace)
-    if skipped:
-        _complain(f"warning: broken events of {options.trace} that were skipped: {skipped}")
+    spans, report = diagnose(options.trace)
     if options.json == "-":
         sys.stdout.write(report.to_json() + "\n")
     else:
-        Console().print(report)
+        Console().print(render(report))
     if options.json and options.json != "-":
         Path(options.json).write_text(report.to_json() + "\n")
     if options.plot:
-        plots.timeline(spans, options.plot, first=options.first, last=options.last, title=report.summary)
+        plots.timeline(spans, options.plot, first=options.first, title=report.summary)
     return 0
 
 

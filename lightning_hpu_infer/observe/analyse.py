@@ -1,27 +1,20 @@
-"""From spans to a report: what the device waited for, and what limits the run."""
+"""From the spans of a run to its report: what the device waited for, and what that makes the limit."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.advice import Setup, advise
-from lightning_hpu_infer.observe.gaps import Piece, device_gaps, lanes_of, programs_of, timeline, work_of
-from lightning_hpu_infer.observe.report import (
-    Cause,
-    CopyTime,
-    Counters,
-    DeviceTime,
-    Report,
-    Severity,
-    StageTime,
-    Verdict,
-    share_of,
-)
+from lightning_hpu_infer.observe.gaps import LaneTimes
+from lightning_hpu_infer.observe.report import Cause, Counters, DeviceTime, Report, Severity, StageTime, Verdict
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}
-"""Shares of the device's time from which a cause is moderate, and high: those of TensorFlow's profiler."""
+"""Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler."""
+_INPUT = (Stage.FETCH, Stage.PREPARE, Stage.PIN, Stage.WAIT_INPUT, Stage.COPY_IN, Stage.H2D)
+_OUTPUT = (Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H)
 
 
 def analyse(
@@ -38,10 +31,10 @@ def analyse(
 
     Args:
         spans: All spans of the run, in any order.
-        config: The flags as they were on in the end; the advice leaves out what is on already. None is a run of another
-            program, to which no flag is proposed.
-        setup: What else advice rests on.
-        counters: What the spans do not show.
+        config: The flags, with the depths that the run ended with; the advice leaves out what is on already. None is a
+            run of another program, to which no flag is proposed.
+        setup: What else the advice depends on. Unknown by default.
+        counters: What the spans do not show. All zero by default.
         measured_on: Name of the device, such as "emulated HPU". On "cpu" the launch is the computation.
         tuning: What `pipelining="auto"` did.
         truncated: Whether the spans are only the last part of the run.
@@ -51,101 +44,93 @@ def analyse(
     """
     if not spans:
         raise ValueError("There is nothing to analyse: no span was recorded. Trace a run of at least one batch.")
-    start, end = min(span.start for span in spans), max(span.end for span in spans)
-    lanes, programs, gaps = lanes_of(spans), programs_of(spans), device_gaps(spans)
-    device, base = None, end - start
-    if programs:
-        first, last = programs[0][0], programs[-1][1]
-        between = [gap for gap in gaps if first <= gap[0][0] and gap[-1][1] <= last]
-        idle = sum(gap[-1][1] - gap[0][0] for gap in between)
-        device = DeviceTime(before=first - start, busy=last - first - idle, idle=idle, after=end - last)
-        if not device.mostly_outside:
-            base, gaps = last - first, between
-    bound, bound_seconds = max(work_of(lanes, programs, start, end).items(), key=lambda item: item[1])
+    times = LaneTimes(spans)
+    device = None
+    if times.has_programs:
+        busy = math.fsum(seconds for state, seconds in times.inside.items() if state.computing)
+        before, between, after = times.first - times.start, times.last - times.first, times.end - times.last
+        device = DeviceTime(before=before, busy=busy, idle=between - busy, after=after)
+    causes = _causes(times, device, measured_on)
+    verdict, severity = _judge(causes, on_host=device is None)
+    launched = {span.batch for span in spans if span.stage == Stage.LAUNCH} - {None}
     report = Report(
-        verdict=Verdict.DEVICE,
-        severity=Severity.NONE,
+        verdict=verdict,
+        severity=severity,
         advice="",
         measured_on=measured_on,
-        batches=_count_batches(spans),
-        seconds=end - start,
-        stages=_stage_times(spans, lanes, end - start),
+        batches=len(launched or {span.batch for span in spans} - {None}),
+        seconds=times.end - times.start,
+        stages=_stage_times(spans, times),
         device=device,
-        causes=_causes([piece for gap in gaps for piece in gap], base),
-        copies=_copy_times(spans),
-        bound=bound,
-        bound_seconds=bound_seconds,
+        causes=causes,
         counters=counters or Counters(),
         tuning=tuple(tuning),
         truncated=truncated,
     )
-    verdict, severity = _judge(report)
-    report = replace(report, verdict=verdict, severity=severity)
     return replace(report, advice=advise(report, config, setup or Setup()))
 
 
-def _stage_times(spans: Sequence[Span], lanes: Mapping[Lane, list[Piece]], total: float) -> tuple[StageTime, ...]:
-    seconds: dict[tuple[Lane, Stage], list[float]] = {}
-    spent: dict[tuple[Lane, Stage], int] = {}
-    for lane, pieces in lanes.items():
-        for start, end, stage in pieces:
-            assert stage is not None
-            seconds.setdefault((lane, stage), []).append(end - start)
+def _stage_times(spans: Sequence[Span], times: LaneTimes) -> tuple[StageTime, ...]:
+    seconds: dict[tuple[Lane, Stage | None], float] = defaultdict(float)
+    for state, duration in (*times.inside.items(), *times.outside.items()):
+        for place in zip(Lane, state, strict=True):
+            seconds[place] += duration
+    found: dict[tuple[Lane, Stage], list[int]] = defaultdict(list)
     for span in spans:
-        spent[span.lane, span.stage] = spent.get((span.lane, span.stage), 0) + 1
+        found[span.lane, span.stage].append(span.nbytes)
     return tuple(
         StageTime(
             lane=lane,
             stage=stage,
-            seconds=(own := math.fsum(seconds.get((lane, stage), ()))),
-            share=share_of(own, total),
-            spans=spent[lane, stage],
+            seconds=seconds[lane, stage],
+            spans=len(found[lane, stage]),
+            nbytes=sum(found[lane, stage]),
         )
         for lane in Lane
         for stage in Stage
-        if (lane, stage) in spent
+        if (lane, stage) in found
     )
 
 
-def _causes(pieces: list[Piece], base: float) -> tuple[Cause, ...]:
-    seconds: dict[Stage | None, list[float]] = {}
-    for start, end, stage in pieces:
-        seconds.setdefault(stage, []).append(end - start)
-    totals = {stage: math.fsum(parts) for stage, parts in seconds.items()}
+def _causes(times: LaneTimes, device: DeviceTime | None, measured_on: str) -> tuple[Cause, ...]:
+    """The device's idle time by cause, largest first."""
+    states, base = list(times.inside.items()), times.last - times.first
+    if device is None or device.mostly_outside:
+        states, base = [*states, *times.outside.items()], times.end - times.start
+    totals: dict[Stage | None, float] = defaultdict(float)
+    for state, seconds in states:
+        if not state.computing:
+            totals[state.cause(times.pace)] += seconds
     return tuple(
-        Cause(stage=stage, seconds=total, share=share_of(total, base))
-        for stage, total in sorted(totals.items(), key=lambda item: -item[1])
-        if total > 0
-    )
-
-
-def _copy_times(spans: Sequence[Span]) -> tuple[CopyTime, ...]:
-    copies = {lane: [span for span in spans if span.lane == lane] for lane in (Lane.H2D, Lane.D2H)}
-    return tuple(
-        CopyTime(
-            lane=lane,
-            nbytes=sum(span.nbytes for span in found),
-            seconds=math.fsum(end - start for start, end, _ in timeline(found)),
+        Cause(
+            stage=stage,
+            verdict=_verdict_of(stage, on_host=device is None, on_cpu=measured_on == "cpu"),
+            seconds=seconds,
+            share=seconds / base,
         )
-        for lane, found in copies.items()
-        if found
+        for stage, seconds in sorted(totals.items(), key=lambda item: -item[1])
     )
 
 
-def _count_batches(spans: Sequence[Span]) -> int:
-    launched = {span.batch for span in spans if span.stage == Stage.LAUNCH and span.batch is not None}
-    return len(launched or {span.batch for span in spans if span.batch is not None})
+def _verdict_of(stage: Stage | None, *, on_host: bool, on_cpu: bool) -> Verdict:
+    """What limits a run that mostly waits for this stage; `on_host` if it is the main thread that is in it."""
+    if on_host and (stage == Stage.WAIT_OUTPUT or (on_cpu and stage in (Stage.LAUNCH, Stage.REPLAY))):
+        return Verdict.DEVICE
+    if stage in _INPUT:
+        return Verdict.INPUT
+    if stage in _OUTPUT:
+        return Verdict.OUTPUT
+    return Verdict.DEVICE if stage == Stage.DEVICE else Verdict.LAUNCH
 
 
-def _judge(report: Report) -> tuple[Verdict, Severity]:
+def _judge(causes: Sequence[Cause], *, on_host: bool) -> tuple[Verdict, Severity]:
     shares = dict.fromkeys(Verdict, 0.0)
-    for cause in report.causes:
-        shares[report.verdict_of(cause.stage)] += cause.share
-    if report.device is None:
+    for cause in causes:
+        shares[cause.verdict] += cause.share
+    candidates = sorted(_THRESHOLDS, key=lambda verdict: -shares[verdict])
+    if on_host:
         # The main thread is always in something: only what it is in most says anything.
         candidates = [max(shares, key=lambda verdict: shares[verdict])]
-    else:
-        candidates = sorted(_THRESHOLDS, key=lambda verdict: -shares[verdict])
     for verdict in candidates:
         moderate, high = _THRESHOLDS.get(verdict, (math.inf, math.inf))
         if shares[verdict] >= moderate:

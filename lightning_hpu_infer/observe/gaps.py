@@ -1,142 +1,122 @@
-"""Lanes without overlaps, and the gaps in which the device computed nothing, cut by cause."""
+"""What every lane did at each moment of a run, and why the device was idle."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import pairwise
+from operator import attrgetter
+from typing import NamedTuple
 
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
-Piece = tuple[float, float, Stage | None]
-"""Start and end in seconds, and what it was spent on; None is host work outside of all stages."""
-
 _SATURATED = 0.9
-"""Share of the time from which a lane that works is taken for the one that all others wait for."""
+"""Share of the time from which a lane that works is the one that all others wait for."""
+
+
+class State(NamedTuple):
+    """The innermost stage that each lane is in at one moment, in the order of `Lane`; None outside of all stages."""
+
+    prefetch: Stage | None
+    main: Stage | None
+    h2d: Stage | None
+    device: Stage | None
+    d2h: Stage | None
+
+    @property
+    def computing(self) -> bool:
+        """Whether the device runs a program."""
+        return self.device == Stage.DEVICE
+
+    def working(self) -> list[Lane]:
+        """The lanes that neither wait nor do nothing."""
+        waits = [None, Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.COMPILE]
+        if self.computing:
+            waits.append(Stage.COPY_OUT)  # a blocking copy of a result waits for the device first
+        return [lane for lane, stage in zip(Lane, self, strict=True) if stage not in waits]
+
+    def cause(self, pace: Lane | None) -> Stage | None:
+        """What an idle device waits for; None is host work outside of all stages.
+
+        Compilation comes first, then what the lane `pace` works on, if one sets the pace: the main thread's speed makes
+        no difference there. Otherwise it is what the main thread is in, and while that waits, what it waits for.
+        """
+        if Stage.COMPILE in self:
+            return Stage.COMPILE
+        stage = dict(zip(Lane, self, strict=True))[pace or Lane.MAIN] or self.main
+        if stage == Stage.WAIT_INPUT:
+            return self.prefetch or stage
+        if stage == Stage.WAIT_OUTPUT:
+            return self.h2d or self.d2h or stage
+        return stage
+
+
+class Piece(NamedTuple):
+    """A part of the device's idle time: start and end in seconds, and what the device waited for."""
+
+    start: float
+    end: float
+    cause: Stage | None
+
+
+def walk(spans: Sequence[Span]) -> Iterator[tuple[float, float, State]]:
+    """Cut a run wherever a span starts or ends: each part's start, end and state."""
+    ordered = sorted(spans, key=attrgetter("start"))
+    edges = sorted({edge for span in spans for edge in (span.start, span.end)})
+    running: dict[Lane, list[tuple[bool, float, float, Stage]]] = {lane: [] for lane in Lane}
+    begun = 0
+    for left, right in pairwise(edges):
+        while begun < len(ordered) and ordered[begun].start <= left:
+            span = ordered[begun]
+            # The innermost span began last, or ends first. While a program runs, a compilation holds nothing up.
+            hidden = span.lane == Lane.DEVICE and span.stage == Stage.COMPILE
+            heappush(running[span.lane], (hidden, -span.start, span.end, span.stage))
+            begun += 1
+        for heap in running.values():
+            while heap and heap[0][2] <= left:
+                heappop(heap)
+        yield left, right, State(*(heap[0][3] if heap else None for heap in running.values()))
+
+
+class LaneTimes:
+    """How long the lanes of a run were in which stages at the same time; `spans` are all of the run's, at least one."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        programs = [span for span in spans if span.lane == Lane.DEVICE and span.stage == Stage.DEVICE]
+        self.has_programs = bool(programs)
+        self.start, self.end = min(span.start for span in spans), max(span.end for span in spans)
+        self.first = min((span.start for span in programs), default=self.start)
+        """When the device's first program began; the run's start without a device trace."""
+        self.last = max((span.end for span in programs), default=self.end)
+        """When the device's last program ended; the run's end without a device trace."""
+        self.inside: dict[State, float] = defaultdict(float)
+        """Seconds of each state, from `first` to `last`."""
+        self.outside: dict[State, float] = defaultdict(float)
+        """Seconds of each state before and after."""
+        for left, right, state in walk(spans):
+            (self.inside if self.first <= left < self.last else self.outside)[state] += right - left
+        self.pace = self._pace()
+        """The thread or queue that works nearly all the time, so that the others wait for it; None if there is none."""
+
+    def _pace(self) -> Lane | None:
+        work, waits = dict.fromkeys(Lane, 0.0), {Stage.WAIT_INPUT: 0.0, Stage.WAIT_OUTPUT: 0.0}
+        for state, seconds in self.inside.items():
+            for lane in state.working():
+                work[lane] += seconds
+            if state.main in waits:
+                waits[state.main] += seconds
+        if not self.has_programs and waits[Stage.WAIT_OUTPUT] >= waits[Stage.WAIT_INPUT]:
+            return None  # the device, which was not recorded, may work more than any other lane
+        busiest = max(work, key=lambda lane: work[lane])
+        return busiest if work[busiest] >= _SATURATED * (self.last - self.first) > 0 else None
 
 
 def device_gaps(spans: Sequence[Span]) -> list[list[Piece]]:
-    """The times of a run when the device computed nothing, each cut by cause; all of it without any program.
-
-    A piece belongs to what the main thread was in; where it waited for input, to what the prefetch thread was in; where
-    it waited for output, to the copy under way. What a saturated lane works on comes before these, since the main
-    thread could be as fast as it liked; compilation comes before all of them.
-    """
-    if not spans:
-        return []
-    lanes, programs = lanes_of(spans), programs_of(spans)
-    edges = [min(span.start for span in spans), max(span.end for span in spans)]
-    edges[1:1] = [edge for program in programs for edge in program]
-    gaps: list[Piece] = [(left, right, None) for left, right in zip(edges[::2], edges[1::2], strict=True)]
-    gaps = [gap for gap in gaps if gap[1] > gap[0]]
-    pieces = cut_by(gaps, None, timeline(span for span in spans if span.stage == Stage.COMPILE))
-    saturated = _saturated(lanes, programs)
-    if saturated is not None:
-        pieces = cut_by(pieces, None, lanes[saturated])
-    pieces = cut_by(pieces, None, lanes[Lane.MAIN])
-    pieces = cut_by(pieces, Stage.WAIT_INPUT, lanes[Lane.PREFETCH])
-    copies = timeline(span for span in spans if span.lane in (Lane.H2D, Lane.D2H))
-    pieces = cut_by(pieces, Stage.WAIT_OUTPUT, copies)
-    cut: list[list[Piece]] = []
-    position = 0
-    for _, end, _ in gaps:
-        first = position
-        while position < len(pieces) and pieces[position][1] <= end:
-            position += 1
-        cut.append(pieces[first:position])
-    return cut
-
-
-def lanes_of(spans: Sequence[Span]) -> dict[Lane, list[Piece]]:
-    """Every lane's `timeline`."""
-    return {lane: timeline(span for span in spans if span.lane == lane) for lane in Lane}
-
-
-def timeline(spans: Iterable[Span]) -> list[Piece]:
-    """One lane without overlaps, in order of time: of stages inside each other, the innermost."""
-    waiting = sorted((span for span in spans if span.end > span.start), key=lambda span: span.start)
-    pieces: list[Piece] = []
-    current: list[tuple[float, float, int]] = []
-    begun = 0
-    edges = sorted({edge for span in waiting for edge in (span.start, span.end)})
-    for left, right in pairwise(edges):
-        while begun < len(waiting) and waiting[begun].start <= left:
-            # The innermost is the one that began last; of those that began together, the one that ends first.
-            heappush(current, (-waiting[begun].start, waiting[begun].end, begun))
-            begun += 1
-        while current and current[0][1] <= left:
-            heappop(current)
-        if current:
-            pieces.append((left, right, waiting[current[0][2]].stage))
-    return pieces
-
-
-def work_of(
-    lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float, float]], start: float, end: float
-) -> dict[Lane, float]:
-    """Seconds from `start` to `end` that each lane worked, waits left out."""
-    # A blocking copy of a result waits for the device first.
-    main = cut_by(lanes[Lane.MAIN], Stage.COPY_OUT, [(*program, Stage.WAIT_OUTPUT) for program in programs])
-    device: list[Piece] = [(*program, Stage.DEVICE) for program in programs]
-    worked = {**lanes, Lane.MAIN: main, Lane.DEVICE: device}
-    waits = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT)
-    return {
-        lane: math.fsum(
-            min(right, end) - max(left, start)
-            for left, right, stage in pieces
-            if stage not in waits and left < end and right > start
-        )
-        for lane, pieces in worked.items()
-    }
-
-
-def _saturated(lanes: Mapping[Lane, list[Piece]], programs: Sequence[tuple[float, float]]) -> Lane | None:
-    """The thread or queue that sets the pace of the others, if one does.
-
-    A lane that has little to do is held up by the others: a full queue lets no thread run ahead.
-    """
-    if programs:
-        start, end = programs[0][0], programs[-1][1]
-    elif main := lanes[Lane.MAIN]:
-        start, end = main[0][0], main[-1][1]
-        waits = {stage: sum(piece[1] - piece[0] for piece in main if piece[2] == stage) for stage in Stage}
-        if waits[Stage.WAIT_OUTPUT] >= waits[Stage.WAIT_INPUT]:
-            return None  # the device that nobody recorded may do more
-    else:
-        return None
-    work = work_of(lanes, programs, start, end)
-    busiest = max(work, key=lambda lane: work[lane])
-    return busiest if work[busiest] >= _SATURATED * (end - start) > 0 else None
-
-
-def cut_by(pieces: list[Piece], unclear: Stage | None, lane: list[Piece]) -> list[Piece]:
-    """Explain those pieces whose cause is `unclear` by what happened in `lane`, where anything did."""
-    explained: list[Piece] = []
-    position = 0
-    for start, end, cause in pieces:
-        if cause is not unclear:
-            explained.append((start, end, cause))
-            continue
-        while position < len(lane) and lane[position][1] <= start:
-            position += 1
-        done, index = start, position
-        while index < len(lane) and lane[index][0] < end:
-            left, right = max(lane[index][0], start), min(lane[index][1], end)
-            if left > done:
-                explained.append((done, left, unclear))
-            explained.append((left, right, lane[index][2]))
-            done, index = right, index + 1
-        if done < end:
-            explained.append((done, end, unclear))
-    return explained
-
-
-def programs_of(spans: Sequence[Span]) -> list[tuple[float, float]]:
-    """When the device computed: disjoint intervals in order."""
-    merged: list[tuple[float, float]] = []
-    found = (span for span in spans if span.lane == Lane.DEVICE and span.stage != Stage.COMPILE)
-    for start, end in sorted((span.start, span.end) for span in found):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
+    """The times of a run when the device computed nothing, in order, each cut by cause."""
+    pace = LaneTimes(spans).pace
+    gaps: list[list[Piece]] = []
+    for left, right, state in walk(spans):
+        if not state.computing:
+            if not gaps or gaps[-1][-1].end < left:
+                gaps.append([])
+            gaps[-1].append(Piece(left, right, state.cause(pace)))
+    return gaps

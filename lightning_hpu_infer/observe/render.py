@@ -1,4 +1,4 @@
-"""A report as rich draws it."""
+"""A report as rich draws it: `rich.print(render(report))`."""
 
 from operator import itemgetter
 
@@ -8,79 +8,66 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lightning_hpu_infer.observe.report import Report, Severity
+from lightning_hpu_infer.observe.report import Report, Severity, label_of
 
-_WORTH_PRINTING = 0.005
-# Reasons for calls without a graph that are shown.
-_REASONS = 3
+_MIN_SHARE = 0.005
+_MAX_REASONS = 3
 _COLOURS = {Severity.NONE: "green", Severity.MODERATE: "yellow", Severity.HIGH: "red"}
 
 
 def render(report: Report) -> RenderableType:
-    """A panel: verdict, overview, causes, stages, counters, and what to change next."""
-
-    def table(*columns: str) -> Table:
-        made = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in made.columns[1:]:
-            column.justify = "right"
-        return made
-
-    lines = [_overview(report)]
-    parts: list[RenderableType] = []
-    if report.causes:
-        of = "of the device's time" if report.device else "of the run"
-        causes = table("The device was idle for" if report.device else "The main thread was in", "seconds", of)
-        shown = [cause for cause in report.causes if cause.share >= _WORTH_PRINTING] or report.causes[:1]
-        for cause in shown:
-            causes.add_row(cause.label, f"{cause.seconds:.3f}", f"{cause.share:.1%}")
-        if rest := report.causes[len(shown) :]:
-            share, seconds = (sum(getattr(cause, name) for cause in rest) for name in ("share", "seconds"))
-            causes.add_row("all else", f"{seconds:.3f}", f"{share:.1%}")
-        parts.append(causes)
-    stages = table("Stage", "lane", "seconds", "of the run", "ms each")
+    """A panel: verdict, overview, causes, stages, and what to change next."""
+    causes = _table("The device was idle for" if report.device else "The main thread was in", "seconds", "share")
+    for cause in report.causes:
+        if cause.share >= _MIN_SHARE:
+            causes.add_row(label_of(cause.stage), f"{cause.seconds:.3f}", f"{cause.share:.1%}")
+    stages = _table("Stage", "lane", "seconds", "of the run", "ms each", "GB/s")
     for time in report.stages:
-        each = time.seconds / time.spans * 1e3
-        stages.add_row(time.stage.value, time.lane.value, f"{time.seconds:.3f}", f"{time.share:.1%}", f"{each:.3f}")
-    parts.append(stages)
-    lines += [
-        f"{copy.lane.value}: {copy.nbytes / 1e6:.1f} MB in {copy.seconds:.3f} s, {copy.bandwidth / 1e9:.2f} GB/s"
-        for copy in report.copies
-    ]
-    counters = report.counters
+        stages.add_row(
+            time.stage.value,
+            time.lane.value,
+            f"{time.seconds:.3f}",
+            f"{time.seconds / (report.seconds or 1):.1%}",
+            f"{time.seconds / time.spans * 1e3:.3f}",
+            f"{time.nbytes / time.seconds / 1e9:.2f}" if time.nbytes and time.seconds else "",
+        )
+    advice = Text.assemble(("Next: ", "bold"), report.advice)
+    colour = _COLOURS[report.severity]
+    return Panel(
+        Group(Text("\n".join(_overview(report))), *([causes] if causes.rows else []), stages, advice),
+        title=Text(report.summary, style=f"bold {colour}"),
+        subtitle=Text(f"measured on {report.measured_on}") if report.measured_on else None,
+        border_style=colour,
+        expand=False,
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _overview(report: Report) -> list[str]:
+    device, counters = report.device, report.counters
+    lines = [f"{report.batches} batches in {report.seconds:.3f} s, {report.throughput:.1f} per second"]
+    if report.truncated:
+        lines.append("Only this last part of the run was recorded: a trace keeps the newest spans of each thread.")
+    if device is None:
+        lines.append("The trace has no program of a device: the verdict rests on what the host did.")
+    else:
+        lines.append(
+            f"device: busy {device.busy:.3f} s ({report.efficiency:.0%} of the run), idle {device.idle:.3f} s,"
+            f" {device.before:.3f} s before its first program, {device.after:.3f} s after its last"
+        )
     if counters.captures or counters.replays or counters.plain_calls:
         lines.append(
             f"graphs: {counters.captures} captures, {counters.replays} replays, {counters.plain_calls} plain calls,"
             f" {counters.evictions} evictions, {counters.verified} verified"
         )
         reasons = sorted(counters.plain_reasons.items(), key=itemgetter(1), reverse=True)
-        lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:_REASONS]]
+        lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:_MAX_REASONS]]
     if counters.padded_elements:
         lines.append(f"padding: {counters.padding_waste:.0%} of the inputs")
-    if counters.copies:
-        lines.append(f"pinned: {counters.pinned_copies} of {counters.copies} copies to the device")
-    lines += report.tuning
-    colour = _COLOURS[report.severity]
-    title = Text(report.summary, style=f"bold {colour}")
-    advice = Text.assemble(("Next: ", "bold"), report.advice)
-    where = Text(f"measured on {report.measured_on}") if report.measured_on else None  # a foreign trace's own words
-    return Panel(
-        Group(Text("\n".join(lines)), *parts, advice), title=title, subtitle=where, border_style=colour, expand=False
-    )
-
-
-def _overview(report: Report) -> str:
-    batches = f"{report.batches} batches in {report.seconds:.3f} s, {report.throughput:.1f} per second"
-    lines = [batches if report.batches else f"{report.seconds:.3f} s; the trace does not tell batches apart"]
-    if report.truncated:
-        lines.append("Only this last part of the run was recorded: a trace keeps the newest spans of each thread.")
-    device = report.device
-    if device is None:
-        lines.append("No program of a device is in the trace: judged by what the host was in.")
-    else:
-        lines.append(
-            f"{report.efficiency:.0%} of the device's ceiling: busy {device.busy:.3f} s, idle {device.idle:.3f} s,"
-            f" {device.before:.3f} s before its first program, {device.after:.3f} s after its last"
-        )
-    each = report.bound_seconds / max(report.batches, 1) * 1e3
-    lines.append(f"busiest: {report.bound.value}, {each:.3g} ms{' per batch' if report.batches else ''}")
-    return "\n".join(lines)
+    return [*lines, *report.tuning]

@@ -30,9 +30,10 @@ SPANS = [
 
 @settings(deadline=None)  # the machine may be busy
 @given(st.lists(spans, max_size=20))
-def test_what_is_read_back_is_equal(written: list[Span]) -> None:
-    text = json.dumps(chrome.to_chrome(written, {"emulated": True}))
-    assert chrome.from_chrome(json.loads(text)) == (written, {"emulated": True})
+def test_what_is_read_back_is_equal(tmp_path_factory: pytest.TempPathFactory, written: list[Span]) -> None:
+    path = tmp_path_factory.getbasetemp() / "trace.json"
+    chrome.write(written, path, {"emulated": True})
+    assert chrome.read(path) == (written, {"emulated": True})
 
 
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
@@ -43,25 +44,22 @@ def test_files_are_gzipped_by_name(tmp_path: Path, name: str) -> None:
     assert chrome.read(path) == (SPANS, {"batches": 1})
 
 
-def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args() -> None:
-    events = chrome.to_chrome(SPANS)["traceEvents"]
-    threads = [event for event in events if event["name"] == "thread_name"]
-    order = {(e["pid"], e["tid"]): e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
-    threads.sort(key=lambda event: order[event["pid"], event["tid"]])
-    assert [thread["args"]["name"] for thread in threads] == [lane.value for lane in Lane]
+def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args(tmp_path: Path) -> None:
+    chrome.write(SPANS, tmp_path / "trace.json")
+    events = chrome.load(tmp_path / "trace.json")["traceEvents"]
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert [threads[place] for place in sorted(threads)] == [lane.value for lane in Lane]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["host", "device"]
     copy = next(event for event in events if event["name"] == Stage.H2D.value and event["ph"] == "X")
     assert math.isclose(copy["ts"], 12345.68015e6)
     assert math.isclose(copy["dur"], 50, rel_tol=1e-4)
     assert copy["args"].items() >= {"batch": 0, "bytes": 4096}.items()
-    assert "batch" not in events[-1]["args"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"no json", "not JSON"),
-        (b"[" * 100_000, "nested too deeply"),
         (b"\x80\x81", "not JSON"),
         (b"\x1f\x8b broken", "not JSON"),
         (gzip.compress(b"{}", mtime=0)[:-9], "not JSON"),
@@ -69,7 +67,8 @@ def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args() -> None:
         (b"{}", 'no list "traceEvents"'),
         (b'{"traceEvents": {}}', 'no list "traceEvents"'),
         (b"3", 'no list "traceEvents"'),
-        (b"[]", "of another program"),
+        (b"[]", 'no list "traceEvents"'),
+        (b'{"traceEvents": []}', "of another program"),
         (b'{"traceEvents": [{"ph": "X"}], "otherData": {"producer": "lightning_hpu_infer"}}', "damaged"),
     ],
 )
@@ -84,25 +83,20 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message
 @pytest.mark.parametrize(
     "damage",
     [
-        {"pid": [1]},
+        {"pid": 3},
+        {"name": "of another version"},
         {"args": []},
-        {"args": {"start_s": math.nan, "end_s": 1}},
-        {"args": {"start_s": 0, "end_s": math.inf}},
-        {"args": {"start_s": 1, "end_s": 0}},
-        {"args": {"start_s": -1e308, "end_s": 1e308}},
-        {"args": {"start_s": 0, "end_s": 10**400}},
-        {"args": {"start_s": 0, "end_s": 1, "batch": [1]}},
-        {"args": {"start_s": 0, "end_s": 1, "batch": 1.5}},
-        {"args": {"start_s": 0, "end_s": 1, "bytes": math.inf}},
-        {"args": {"start_s": 0, "end_s": 1, "bytes": 10**30}},
-        {"args": {"start_s": 0, "end_s": 1, "bytes": -1}},
+        {"args": {"start_s": math.nan, "end_s": 1, "batch": None, "bytes": 0}},
+        {"args": {"start_s": 1, "end_s": 0, "batch": None, "bytes": 0}},
+        {"args": {"start_s": 0, "end_s": "soon", "batch": None, "bytes": 0}},
     ],
     ids=lambda damage: str(damage)[:60],
 )
 def test_a_damaged_span_is_named(tmp_path: Path, damage: dict[str, object]) -> None:
-    document = chrome.to_chrome(SPANS)
-    document["traceEvents"][-1] |= damage
     path = tmp_path / "trace.json"
+    chrome.write(SPANS, path)
+    document = chrome.load(path)
+    document["traceEvents"][-1] |= damage
     path.write_text(json.dumps(document))
     with pytest.raises(chrome.TraceFileError, match=r"is damaged .*record it again"):
         chrome.read(path)

@@ -1,7 +1,5 @@
 import gc
 import gzip
-import json
-import math
 import os
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from lightning_hpu_infer.observe.profiler import diagnose, from_profiler
 from lightning_hpu_infer.observe.report import Report, Verdict
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 from tests.helpers import Rows
-from tests.observe.test_report import Times, pipelined
+from tests.observe.simulate import Times, pipelined
 
 SPANS = pipelined(10, Times({Stage.FETCH: 12, Stage.LAUNCH: 1, Stage.DEVICE: 4}))
 REPORT = analyse(SPANS, config=InferenceConfig(), measured_on="emulated HPU")
@@ -59,8 +57,6 @@ def cuda_trace(batches: int = 5) -> dict[str, Any]:
         {"ph": "M", "name": "process_labels", "pid": 0, "tid": 0, "args": {"labels": "GPU 0"}},
         event("Trace", "PyTorch Profiler (0)", 0, 999, pid="Spans", tid="PyTorch Profiler"),
         {"ph": "i", "name": "Iteration Start: PyTorch Profiler", "ts": 0, "pid": "Traces", "tid": 0, "s": "g"},
-        "not even an object",
-        {"ph": "X", "name": "without a time", "pid": 7, "tid": 7},
     ]
     for k in range(batches):
         t = 12.0 * k
@@ -91,7 +87,6 @@ def cuda_trace(batches: int = 5) -> dict[str, Any]:
                 correlation=10 * k + 2,
                 bytes=800,
             ),
-            event("kernel", "of another rank", t, t + 0.1, 1, 7),
         ]
     return {"traceEvents": events, "deviceProperties": [{"id": 0, "name": "NVIDIA A100"}]}
 
@@ -120,14 +115,14 @@ def hpu_trace(batches: int = 5) -> dict[str, Any]:
             event("kernel", "GEMM", t + 5, t + 7, 0, 6001),
             event("kernel", "add_f32", t + 6, t + 7.5, 0, 7004),
             event("hpu_op", "synEventSynchronize", t + 5, t + 7.9, 1000007, 7),
+            event("privateuse1_runtime", "LaunchRecipeTask", t + 4.2, t + 4.4),
             event("gpu_memcpy", "memcpy_D2H", t + 7.5, t + 7.9, 0, 3002),
         ]
     return {"traceEvents": events}
 
 
 def test_a_cuda_trace() -> None:
-    spans, measured_on, skipped = from_profiler(cuda_trace())
-    assert skipped == 2
+    spans, measured_on = from_profiler(cuda_trace())
     assert measured_on == "NVIDIA A100"
     ours = [span for span in in_ms(spans) if span[4] == 1]
     assert sorted(ours, key=lambda span: (list(Lane).index(span[1]), span[2], -span[3])) == [
@@ -145,14 +140,14 @@ def test_a_cuda_trace() -> None:
     report = analyse(spans, measured_on=measured_on)
     assert report.verdict == Verdict.INPUT
     assert report.batches == 5
-    assert {copy.lane: copy.nbytes for copy in report.copies} == {Lane.H2D: 20000, Lane.D2H: 4000}
+    assert {time.lane: time.nbytes for time in report.stages if time.nbytes} == {Lane.H2D: 20000, Lane.D2H: 4000}
     causes = {cause.stage: cause.seconds for cause in report.causes}
     assert causes[Stage.FETCH] == pytest.approx(4 * 6e-3)
     assert causes[Stage.D2H] == pytest.approx(4 * 1e-3)
 
 
 def test_an_hpu_trace() -> None:
-    spans, measured_on, _ = from_profiler(hpu_trace())
+    spans, measured_on = from_profiler(hpu_trace())
     report = analyse(spans, measured_on=measured_on)
     assert report.verdict == Verdict.LAUNCH
     assert report.device is not None
@@ -165,6 +160,7 @@ def test_an_hpu_trace() -> None:
     assert lanes.count(Lane.H2D) == 5
     assert lanes.count(Lane.D2H) == 5
     assert lanes.count(Lane.DEVICE) == 10
+    assert measured_on == "HPU"
     assert "`hpu_graphs=True`" in report.advice
 
 
@@ -183,7 +179,7 @@ def test_a_prefetching_thread_and_the_names_of_lightnings_profiler() -> None:
         event("cpu_op", "aten::item", 13, 14),
         event("python_function", "model.py(3): forward", 16, 17),
     ]
-    spans, measured_on, _ = from_profiler({"traceEvents": events})
+    spans, measured_on = from_profiler({"traceEvents": events})
     assert measured_on == "cpu"
     assert {(span[0], span[1], span[2], span[3]) for span in in_ms(spans)} == {
         (Stage.FETCH, Lane.PREFETCH, 0, 8),
@@ -208,8 +204,7 @@ def test_a_real_trace_of_the_profiler(tmp_path: Path) -> None:
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     (tmp_path / "trace.json.gz").write_bytes(gzip.compress((tmp_path / "trace.json").read_bytes()))
     for name in ("trace.json", "trace.json.gz"):
-        spans, report, skipped = diagnose(tmp_path / name)
-        assert skipped == 0
+        spans, report = diagnose(tmp_path / name)
         assert report.batches == 5
         assert report.measured_on == "cpu"
         assert report.device is None
@@ -217,75 +212,20 @@ def test_a_real_trace_of_the_profiler(tmp_path: Path) -> None:
         assert {span.lane for span in spans} == {Lane.MAIN}
 
 
-BROKEN = [
-    {"ts": float("nan")},
-    {"ts": -math.inf},
-    {"ts": 1e308, "dur": 1e308},
-    {"ts": 10**400},
-    {"ts": None},
-    {"ts": "soon"},
-    {"dur": math.inf},
-    {"dur": -1},
-    {"pid": [1]},
-    {"tid": {}},
-    {"name": ["a"]},
-    {"cat": 3},
-    {"args": {"correlation": [1]}},
-    {"args": {"correlation": {}}},
-    {"args": {"bytes": math.inf}},
-    {"args": {"bytes": math.nan}},
-    {"args": {"bytes": -1}},
-    {"args": {"bytes": 1e300}},
-    {"args": {"bytes": "many"}},
-]
-
-
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: str(broken)[:40])
-def test_broken_events_are_skipped_and_counted(broken: dict[str, Any]) -> None:
-    document = cuda_trace()
-    whole = from_profiler(document)
-    categories = ("cpu_op", "cuda_runtime", "kernel", "gpu_memcpy")
-    document["traceEvents"] += [event(category, "HtoD", 100, 200) | broken for category in categories]
-    text = json.dumps(document)
-    assert from_profiler(json.loads(text)) == whole._replace(skipped=whole.skipped + len(categories))
-
-
-def test_the_command_tells_how_many_events_it_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "trace.json"
-    path.write_text(json.dumps(cuda_trace()))
-    assert main(["diagnose", str(path), "--json", "-"]) == 0
-    out, error = capsys.readouterr()
-    assert Report.from_json(out).batches == 5
-    assert error == f"warning: broken events of {path} that were skipped: 2\n"
-
-
-def test_what_else_a_file_may_get_wrong_breaks_nothing() -> None:
-    document = cuda_trace()
-    whole = from_profiler(document)
-    document["deviceProperties"] = [{"name": ["A100"]}]
-    document["traceEvents"] += [
-        named("process", [7], "a name for nobody"),
-        named("thread", {}, "a name for nobody", tid=[7]),
-        {"ph": ["X"]},
-        {"ph": "M", "name": ["process_name"], "pid": 7, "args": {"name": "?"}},
-        named("process", 7, ["?"]),  # type: ignore[arg-type]
-    ]
-    assert from_profiler(document) == whole._replace(measured_on="")
-
-
-def test_a_trace_is_read_once_so_it_may_come_through_a_pipe() -> None:
-    data = json.dumps(chrome.to_chrome(SPANS, {"report": REPORT.as_dict()})).encode()
+def test_a_trace_is_read_once_so_it_may_come_through_a_pipe(tmp_path: Path) -> None:
+    chrome.write(SPANS, tmp_path / "trace.json", {"report": REPORT.as_dict()})
+    data = (tmp_path / "trace.json").read_bytes()
     for content in (data, gzip.compress(data)):
         read, write = os.pipe()
         os.write(write, content)
         os.close(write)
-        assert diagnose(f"/dev/fd/{read}") == (SPANS, REPORT, 0)
+        assert diagnose(f"/dev/fd/{read}") == (SPANS, REPORT)
         os.close(read)
 
 
 def test_our_own_trace_keeps_its_report(tmp_path: Path) -> None:
     chrome.write(SPANS, tmp_path / "trace.json", {"report": REPORT.as_dict()})
-    assert diagnose(tmp_path / "trace.json") == (SPANS, REPORT, 0)
+    assert diagnose(tmp_path / "trace.json") == (SPANS, REPORT)
 
 
 @pytest.mark.parametrize(
@@ -294,15 +234,13 @@ def test_our_own_trace_keeps_its_report(tmp_path: Path) -> None:
         {},
         {"report": None},
         {"report": {"of": "another version"}},
-        {"report": REPORT.as_dict() | {"seconds": "a few"}},
-        {"report": REPORT.as_dict() | {"batches": None}},
         {"report": REPORT.as_dict() | {"counters": {"of": "another version"}}},
         {"report": REPORT.as_dict() | {"stages": ["of another version"]}},
     ],
 )
 def test_a_report_that_is_none_is_made_anew(tmp_path: Path, about: dict[str, Any]) -> None:
     chrome.write(SPANS, tmp_path / "trace.json", about)
-    assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS), 0)
+    assert diagnose(tmp_path / "trace.json") == (SPANS, analyse(SPANS))
 
 
 def test_the_command_prints_plots_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,10 +260,10 @@ def test_the_command_prints_plots_and_writes_json(tmp_path: Path, capsys: pytest
         (b"no trace", "is not JSON"),
         (b'{"traceEvents": []}', "has no event"),
         (b'{"traceEvents": [{"ph": "X", "cat": "odd", "name": "a", "ts": 0, "dur": 1}]}', "has no event"),
-        (gzip.compress(b"[1, 2]", mtime=0), "has no event"),
-        (json.dumps(chrome.to_chrome([])).encode(), "has no event"),
-        (b"[" * 100_000, "it is nested too deeply"),
-        (json.dumps(chrome.to_chrome(SPANS)).encode().replace(b'"batch": 0', b'"bytes": 1e999'), "is damaged"),
+        (gzip.compress(b"[1, 2]", mtime=0), 'has no list "traceEvents"'),
+        (b'{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "a", "ts": 0}]}', "is damaged (KeyError: 'dur')"),
+        (b'{"traceEvents": [], "otherData": {"producer": "lightning_hpu_infer", "about": {}}}', "has no event"),
+        (b'{"traceEvents": [{}], "otherData": {"producer": "lightning_hpu_infer", "about": {}}}', "is damaged"),
         (None, "No such file"),
     ],
 )
@@ -347,7 +285,7 @@ def test_mistakes_in_options_are_exit_code_2(tmp_path: Path, capsys: pytest.Capt
     trace = str(tmp_path / "trace.json")
     chrome.write(SPANS, trace)
     assert main(["diagnose", trace, "--plot", str(tmp_path / "run.png"), "--first", "99"]) == 2
-    assert "no batch from 99" in capsys.readouterr().err
+    assert "no batch 99" in capsys.readouterr().err
     assert main(["diagnose", trace, "--plot", str(tmp_path / "none" / "run.png")]) == 2
     assert main(["diagnose", trace, "--plot", str(tmp_path / "run.odd")]) == 2
     for wrong in ([], ["cure"], ["diagnose"]):

@@ -8,7 +8,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe import timeline as plots
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
-from tests.observe.test_report import Times, pipelined, stock
+from tests.observe.simulate import Times, pipelined, stock
 
 TIMES = Times(
     {
@@ -49,9 +49,8 @@ def test_what_is_written_in_the_picture(tmp_path: Path) -> None:
         "main thread",
         "device",
         "copy to host",
-        "fetch + launch 9.7 ms",
         "one colour and number per batch",
-        "L: launch",
+        "device idle; here for fetch 21.0 ms, launch 14.0 ms, copy in 11.9 ms",
     ):
         assert f"<!-- {part} -->" in text or part in text, part
     assert "prefetch thread" not in text
@@ -59,16 +58,10 @@ def test_what_is_written_in_the_picture(tmp_path: Path) -> None:
 
 def test_the_window_is_what_was_asked_for(tmp_path: Path) -> None:
     spans = pipelined(10, TIMES)
-    for first, last, shown in (
-        (None, None, "batches 2 to 7 of 0 to 9"),
-        (3, 4, "batches 3 to 4 of 0 to 9"),
-        (7, None, "batches 7 to 9 of 0 to 9"),
-        (None, 4, "batches 0 to 4 of 0 to 9"),
-        (0, 99, "batches 0 to 9 of 0 to 9"),
-    ):
-        plots.timeline(spans, tmp_path / "run.svg", first=first, last=last)
+    for first, shown in ((None, "batches 2 to 7 of 0 to 9"), (0, "batches 0 to 5 of 0 to 9"), (7, "batches 7 to 9 of")):
+        plots.timeline(spans, tmp_path / "run.svg", first=first)
         assert shown in svg(tmp_path / "run.svg")
-    with pytest.raises(ValueError, match="no batch from 10 to 15: the trace has 0 to 9"):
+    with pytest.raises(ValueError, match="no batch 10 in the trace, which has 10 batches"):
         plots.timeline(spans, tmp_path / "run.svg", first=10)
 
 
@@ -93,13 +86,13 @@ def test_many_short_idle_times_are_summed_up(tmp_path: Path) -> None:
         *(Span(Stage.DEVICE, Lane.DEVICE, k / 1e3, (k + 0.5) / 1e3, k // 100) for k in range(1000)),
         Span(Stage.LAUNCH, Lane.MAIN, 0, 1, 0),
     ]
-    plots.timeline(spans, tmp_path / "run.svg", first=0, last=9)
-    assert "idle in this picture: 0.5 s, for launch" in svg(tmp_path / "run.svg")
+    plots.timeline(spans, tmp_path / "run.svg", first=0)
+    assert "device idle; here for launch 500.0 ms" in svg(tmp_path / "run.svg")
 
 
 def places(text: str) -> dict[str, tuple[float, float]]:
     """Where words are written, in points from the top left."""
-    found = re.findall(r"<!-- ([^\n]*) -->\s*<g style=[^>]*?transform=\"translate\(([\d.]+) ([\d.]+)\)", text)
+    found = re.findall(r"<!-- ([^\n]*) -->\s*<g (?:style=[^>]*?)?transform=\"translate\(([\d.]+) ([\d.]+)\)", text)
     return {words: (float(x), float(y)) for words, x, y in found}
 
 
@@ -112,7 +105,7 @@ def test_all_idle_time_of_the_device_is_drawn_and_named(tmp_path: Path) -> None:
     ]
     plots.timeline(spans, tmp_path / "run.svg")
     found = places(svg(tmp_path / "run.svg"))
-    assert found["fetch 4 s"][0] < found["end hooks 3 s"][0]
+    assert found["fetch 4.0 s"][0] < found["end hooks 3.0 s"][0]
 
 
 def test_without_a_device_there_is_no_idle_time(tmp_path: Path) -> None:
@@ -127,14 +120,10 @@ def test_compilation_is_drawn_as_idle_time(tmp_path: Path) -> None:
         Span(Stage.DEVICE, Lane.DEVICE, 7, 10, 1),
     ]
     plots.timeline(spans, tmp_path / "run.svg")
-    text = svg(tmp_path / "run.svg")
-    assert {"compile 1", "compile 4 s"} <= places(text).keys()
-    # One of either batch, and the legend's.
-    colours = [text.count(f"fill: {colour}; stroke: #222222") for colour in plots._COLOURS[:2]]
-    assert colours == [2, 1]
+    assert "compile 4.0 s" in places(svg(tmp_path / "run.svg"))
 
 
-def test_words_of_an_outer_stage_make_room_for_those_of_an_inner_one(tmp_path: Path) -> None:
+def test_a_stage_inside_of_another_has_a_row_below(tmp_path: Path) -> None:
     spans = [
         Span(Stage.LAUNCH, Lane.MAIN, 0, 4, 0),
         Span(Stage.REPLAY, Lane.MAIN, 0, 4, 0),
@@ -142,27 +131,7 @@ def test_words_of_an_outer_stage_make_room_for_those_of_an_inner_one(tmp_path: P
     ]
     plots.timeline(spans, tmp_path / "run.svg")
     found = places(svg(tmp_path / "run.svg"))
-    assert found["launch 0"][1] + 5 < found["end hooks 0"][1] < found["replay 0"][1] - 5
-
-
-def test_a_line_leads_from_each_idle_time_to_its_words(tmp_path: Path) -> None:
-    spans = [
-        Span(Stage.LAUNCH, Lane.MAIN, 0, 1.5, 0),
-        Span(Stage.DEVICE, Lane.DEVICE, 1.5, 98.5, 0),
-        Span(Stage.END_HOOKS, Lane.MAIN, 98.5, 100, 0),
-    ]
-    plots.timeline(spans, tmp_path / "run.svg")
-    text = svg(tmp_path / "run.svg")
-    found = places(text)
-    lines = re.findall(
-        r'<path d="M ([\d.]+) ([\d.]+) \nL ([\d.]+) ([\d.]+) \n"[^>]*?style="fill: none; stroke: #b3202a', text
-    )
-    assert len(lines) == 2
-    for line, words in zip(
-        sorted(lines, key=lambda line: float(line[0])), ("launch 1.5 s", "end hooks 1.5 s"), strict=True
-    ):
-        x, width = found[words][0], plots._points(words)
-        assert x + 0.2 * width < float(line[2]) < x + 0.8 * width
+    assert found["launch 0"][1] == found["end hooks 0"][1] < found["replay 0"][1] - 20
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
