@@ -102,7 +102,7 @@ class HPUInferenceAccelerator(Accelerator):
         trace: str | PathLike[str] | None = None,
     ) -> None:
         # Spelled out, not **kwargs: LightningCLI reads this signature.
-        self.config = InferenceConfig(
+        self.config: InferenceConfig = InferenceConfig(
             hpu_graphs=hpu_graphs,
             graph_modules=graph_modules,
             max_graphs=max_graphs,

@@ -107,13 +107,13 @@ class InferencePipeline:
     def __init__(
         self, model: nn.Module, device: torch.device | str | None = None, config: InferenceConfig | None = None
     ) -> None:
-        self.config = config if config is not None else InferenceConfig()
+        self.config: InferenceConfig = config if config is not None else InferenceConfig()
         for name in ("bucket_lengths", "group_by_length", "trace"):
             if getattr(self.config, name) is not None:
                 raise ValueError(f"`{name}` needs a Trainer, got {getattr(self.config, name)!r}. Leave it out here.")
         if self.config.pipelining == "auto":
             raise ValueError("`pipelining='auto'` needs a Trainer. Choose `prefetch` and `in_flight` here.")
-        self.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
+        self.device: torch.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         kind = graph_kind(self.device, self.config)
         model = model.eval().to(self.device)
         self._attached = ExitStack()
