@@ -7,8 +7,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.report import Report, Verdict, label_of
 from lightning_hpu_infer.observe.spans import Lane, Stage
 
-_MAX_DEPTH = 1024
-"""Of `prefetch` and of `in_flight`."""
+_MAX_DEPTH = 1024  # of `prefetch` and of `in_flight`
 _SUPPLY = (Stage.FETCH, Stage.PREPARE, Stage.PIN)
 _HOOKS: dict[Stage | None, str] = {
     Stage.PREPARE: "`on_before_batch_transfer`",
@@ -19,14 +18,14 @@ _WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.COMPILE)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What advice must know of a run besides its flags."""
+    """What advice must know of a run besides its flags.
+
+    `precision` is as Lightning names it; `cores` are the machine's, 0 if unknown.
+    """
 
     precision: str = "32-true"
-    """As Lightning names it."""
     progress_bar: bool = False
-    """Whether one was shown."""
     cores: int = 0
-    """Of the machine; 0 if unknown."""
 
     @property
     def may_prefetch(self) -> bool:
@@ -49,23 +48,22 @@ def advise(report: Report, config: InferenceConfig | None, setup: Setup) -> str:
             f"{device.before:.3g} s of {report.seconds:.3g} s passed before the device's first program, mostly spent on"
             f" {label_of(report.causes[0].stage)}. Predict more batches in one run, or make that beginning cheaper."
         )
-    match report.verdict:
-        case Verdict.INPUT:
-            return advice.on_input()
-        case Verdict.LAUNCH:
-            return advice.on_launch()
-        case Verdict.OUTPUT:
-            return advice.on_output()
-        case Verdict.DEVICE:
-            return advice.on_device()
+    rules = {
+        Verdict.INPUT: advice.on_input,
+        Verdict.LAUNCH: advice.on_launch,
+        Verdict.OUTPUT: advice.on_output,
+        Verdict.DEVICE: advice.on_device,
+    }
+    return rules[report.verdict]()
 
 
 class _Advice:
     """Advice for each verdict: the first rule that applies; those that propose a flag come first."""
 
     def __init__(self, report: Report, config: InferenceConfig | None, setup: Setup) -> None:
-        self._report, self._setup = report, setup
-        self._stage = report.main_cause.stage if report.main_cause else None
+        self._report, self._setup, self._cause = report, setup, report.main_cause
+        self._stage = self._cause.stage if self._cause else None
+        self._each = self._in_words(self._seconds(self._stage))
         self._foreign = config is None
         # On the CPU no device waits, and no flag makes the host work less.
         self._flags = config if report.measured_on != "cpu" else None
@@ -84,22 +82,21 @@ class _Advice:
                 return "Pass `prefetch=2`: a thread prepares the next batches while the main thread does other work."
             # "auto" has tried greater depths.
             if not copies and on.pipelining != "auto" and 0 < depth < _MAX_DEPTH and supply < rest:
-                deeper = min(2 * depth, _MAX_DEPTH)
-                return f"Raise `prefetch` from {depth} to {deeper}: only some batches take long to prepare."
+                return f"Raise `prefetch` to {min(2 * depth, _MAX_DEPTH)}: only some batches take long to prepare."
         if hooks:
             return (
-                f"Make {hooks} cheaper ({self._each(stage)}): what needs no device belongs in the dataset or the"
+                f"Make {hooks} cheaper ({self._each}): what needs no device belongs in the dataset or the"
                 " collate function, where the DataLoader's `num_workers` share the work."
             )
         if copies or stage == Stage.PIN:
             return "Copy less to the device: uint8 images and int32 ids, converted or embedded there."
-        cores, workers = self._setup.cores, max(2, math.ceil(supply / rest)) if rest else 2
-        limit = f", but to no more than the machine's {cores} cores" if cores else ""
-        workers = min(workers, max(cores, 2)) if cores else workers
+        workers, limit = max(2, math.ceil(supply / rest)) if rest else 2, ""
+        if cores := self._setup.cores:
+            workers, limit = min(workers, max(cores, 2)), f", but to no more than the machine's {cores} cores"
         return (
-            f"Raise `num_workers` of the DataLoader: fetching takes {self._each(stage)}, everything else"
-            f" {self._in_words(rest)}. From 0 workers, go to {workers}; from more, to {workers} times as many{limit}."
-            " Workers run the dataset and the collate function: put tokenization and decoding there."
+            f"Raise `num_workers` of the DataLoader: fetching takes {self._in_words(self._seconds(Stage.FETCH))},"
+            f" everything else {self._in_words(rest)}. From 0 workers, go to {workers}; from more, to {workers} times"
+            f" as many{limit}. Workers run the dataset and the collate function: put tokenization and decoding there."
         )
 
     def on_launch(self) -> str:
@@ -129,14 +126,13 @@ class _Advice:
                 f" or pad them to a few shapes{buckets}."
             )
         if stage == Stage.START_HOOKS:
-            return f"Make `on_predict_batch_start` hooks cheaper ({self._each(Stage.START_HOOKS)})."
-        graph = ", or capture the network as a graph" if self._foreign else ""
-        if graph and self._report.measured_on.startswith("HPU"):
-            graph += " (this package's `hpu_graphs=True`)"
-        cost = self._in_words(sum(cause.seconds for cause in self._report.causes if cause.stage == stage))
+            return f"Make `on_predict_batch_start` hooks cheaper ({self._each})."
+        ours = " (this package's `hpu_graphs=True`)" if self._report.measured_on.startswith("HPU") else ""
+        graph = f", or capture the network as a graph{ours}" if self._foreign else ""
+        cost = self._in_words(self._cause.seconds if self._cause else 0.0)
         return (
             f"Use larger batches{graph}: the host needs {cost} for {label_of(stage)}, however large the batch is."
-            f" Move Python out of `predict_step` into the network."
+            " Move Python out of `predict_step` into the network."
         )
 
     def on_output(self) -> str:
@@ -151,21 +147,19 @@ class _Advice:
             # "auto" has tried greater depths.
             uneven = self._seconds(Stage.DEVICE) > self._busiest(but=(Stage.DEVICE,))
             if uneven and on.pipelining != "auto" and on.in_flight < _MAX_DEPTH:
-                depths = f"from {on.in_flight} to {on.in_flight + 1}"
-                return f"Raise `in_flight` {depths}: only now and then the device runs out of launched batches."
+                return f"Raise `in_flight` to {on.in_flight + 1}: now and then the device runs out of launched batches."
             # Where copies take all of the time, there is no other work to do meanwhile.
             if not on.async_output and 0.2 <= self._seconds(Stage.COPY_OUT) / self._report.seconds < 0.9:
                 return "Pass `async_output=True`: outputs are then copied while the main thread does other work."
         if stage == Stage.END_HOOKS:
             bar = ", and try `enable_progress_bar=False`" if self._setup.progress_bar else ""
             return (
-                f"Make end hooks cheaper ({self._each(Stage.END_HOOKS)}): post-process on the device, write fewer and"
+                f"Make end hooks cheaper ({self._each}): post-process on the device, write fewer and"
                 f" larger files or write in a thread{bar}."
             )
-        later = " Launch the next batch before this one's output is waited for." if self._foreign else ""
         return (
             "Return less from `predict_step`: reduce on the device (`argmax`, `topk`, pooling), return half precision,"
-            f" and leave out what nobody reads.{later}"
+            " and leave out what nobody reads."
         )
 
     def on_device(self) -> str:
@@ -177,8 +171,7 @@ class _Advice:
             )
         if self._report.measured_on == "cpu":
             return "The computation is the limit, and it runs on the CPU: predict on an HPU."
-        flag = "" if self._foreign else " (`precision='bf16-true'`)"
-        lower = f"lower precision{flag}, " if self._setup.precision.startswith(("32", "64")) else ""
+        lower = "lower precision (`precision='bf16-true'`), " if self._setup.precision.startswith(("32", "64")) else ""
         return f"The device is the limit. Try {lower}larger batches where it is not filled yet, or more devices."
 
     def _seconds(self, *stages: Stage | None) -> float:
@@ -197,9 +190,6 @@ class _Advice:
         copying = sum(time.seconds + time.nbytes / 1e9 for time in self._report.stages if time.lane == Lane.H2D)
         return 2 * copying < self._seconds(Stage.COPY_IN)
 
-    def _each(self, stage: Stage | None) -> str:
-        return self._in_words(self._seconds(stage))
-
     def _in_words(self, seconds: float) -> str:
-        batches = self._report.batches
-        return f"{seconds / batches * 1e3:.3g} ms per batch" if batches else f"{seconds * 1e3:.3g} ms in all"
+        unit = "per batch" if self._report.batches else "in all"
+        return f"{seconds / (self._report.batches or 1) * 1e3:.3g} ms {unit}"

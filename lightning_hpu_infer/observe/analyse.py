@@ -11,8 +11,8 @@ from lightning_hpu_infer.observe.gaps import LaneTimes
 from lightning_hpu_infer.observe.report import Cause, Counters, DeviceTime, Report, Severity, StageTime, Verdict
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
+# Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler.
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}
-"""Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler."""
 _INPUT = (Stage.FETCH, Stage.PREPARE, Stage.PIN, Stage.WAIT_INPUT, Stage.COPY_IN, Stage.H2D)
 _OUTPUT = (Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H)
 
@@ -75,20 +75,13 @@ def _stage_times(spans: Sequence[Span], times: LaneTimes) -> tuple[StageTime, ..
     for state, duration in (*times.inside.items(), *times.outside.items()):
         for place in zip(Lane, state, strict=True):
             seconds[place] += duration
-    found: dict[tuple[Lane, Stage], list[int]] = defaultdict(list)
+    sizes: dict[tuple[Lane, Stage], list[int]] = defaultdict(list)
     for span in spans:
-        found[span.lane, span.stage].append(span.nbytes)
+        sizes[span.lane, span.stage].append(span.nbytes)
+    places = [(lane, stage) for lane in Lane for stage in Stage if (lane, stage) in sizes]
     return tuple(
-        StageTime(
-            lane=lane,
-            stage=stage,
-            seconds=seconds[lane, stage],
-            spans=len(found[lane, stage]),
-            nbytes=sum(found[lane, stage]),
-        )
-        for lane in Lane
-        for stage in Stage
-        if (lane, stage) in found
+        StageTime(lane=at[0], stage=at[1], seconds=seconds[at], spans=len(sizes[at]), nbytes=sum(sizes[at]))
+        for at in places
     )
 
 
@@ -101,13 +94,9 @@ def _causes(times: LaneTimes, device: DeviceTime | None, measured_on: str) -> tu
     for state, seconds in states:
         if not state.computing:
             totals[state.cause(times.pace)] += seconds
+    verdicts = {stage: _verdict_of(stage, on_host=device is None, on_cpu=measured_on == "cpu") for stage in totals}
     return tuple(
-        Cause(
-            stage=stage,
-            verdict=_verdict_of(stage, on_host=device is None, on_cpu=measured_on == "cpu"),
-            seconds=seconds,
-            share=seconds / base,
-        )
+        Cause(stage=stage, verdict=verdicts[stage], seconds=seconds, share=seconds / base)
         for stage, seconds in sorted(totals.items(), key=lambda item: -item[1])
     )
 
@@ -127,11 +116,9 @@ def _judge(causes: Sequence[Cause], *, on_host: bool) -> tuple[Verdict, Severity
     shares = dict.fromkeys(Verdict, 0.0)
     for cause in causes:
         shares[cause.verdict] += cause.share
-    candidates = sorted(_THRESHOLDS, key=lambda verdict: -shares[verdict])
-    if on_host:
-        # The main thread is always in something: only what it is in most says anything.
-        candidates = [max(shares, key=lambda verdict: shares[verdict])]
-    for verdict in candidates:
+    # The main thread is always in something: without a device trace, only what it is in most says anything.
+    candidates = sorted(shares if on_host else _THRESHOLDS, key=lambda verdict: -shares[verdict])
+    for verdict in candidates[:1] if on_host else candidates:
         moderate, high = _THRESHOLDS.get(verdict, (math.inf, math.inf))
         if shares[verdict] >= moderate:
             return verdict, Severity.HIGH if shares[verdict] >= high else Severity.MODERATE

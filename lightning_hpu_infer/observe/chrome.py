@@ -12,9 +12,8 @@ from typing import Any
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
 _PRODUCER = "lightning_hpu_infer"
-_PROCESSES = {"host": (Lane.PREFETCH, Lane.MAIN), "device": (Lane.H2D, Lane.DEVICE, Lane.D2H)}
-_PLACES = {lane: (pid, tid) for pid, lanes in enumerate(_PROCESSES.values(), 1) for tid, lane in enumerate(lanes, 1)}
-"""Process and thread of each lane, in the order in which a viewer shows them."""
+_PLACES = {lane: (1 if lane in (Lane.PREFETCH, Lane.MAIN) else 2, tid) for tid, lane in enumerate(Lane, 1)}
+"""Process (1 is the host) and thread of each lane, in the order in which a viewer shows them."""
 
 
 class TraceFileError(ValueError):
@@ -29,13 +28,9 @@ def write(spans: Iterable[Span], path: str | PathLike[str], about: Mapping[str, 
         path: The file, which is replaced if it exists.
         about: What else to keep in the file, as JSON values: `read` returns it.
     """
-    names = [(("process", pid, 0), name) for pid, name in enumerate(_PROCESSES, 1)]
-    names += [(("thread", *place), lane.value) for lane, place in _PLACES.items()]
-    metadata = [
-        {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
-        for (kind, pid, tid), name in names
-    ]
-    events = [*metadata, *(_event(span) for span in spans)]
+    events = [_name("process", (1, 0), "host"), _name("process", (2, 0), "device")]
+    events += [_name("thread", place, lane.value) for lane, place in _PLACES.items()]
+    events += [_event(span) for span in spans]
     document = {"traceEvents": events, "otherData": {"producer": _PRODUCER, "about": dict(about or {})}}
     data = json.dumps(document, separators=(",", ":")).encode()
     Path(path).write_bytes(gzip.compress(data) if str(path).endswith(".gz") else data)
@@ -90,6 +85,10 @@ def from_chrome(document: Mapping[str, Any], path: str | PathLike[str]) -> tuple
         raise TraceFileError(f"{path} is damaged ({type(error).__name__}: {error}): record it again.") from error
 
 
+def _name(kind: str, place: tuple[int, int], name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": f"{kind}_name", "pid": place[0], "tid": place[1], "args": {"name": name}}
+
+
 def _event(span: Span) -> dict[str, Any]:
     # Viewers read microseconds, from which the seconds would come back slightly different.
     args = {"start_s": span.start, "end_s": span.end, "batch": span.batch, "bytes": span.nbytes}
@@ -99,8 +98,7 @@ def _event(span: Span) -> dict[str, Any]:
 
 
 def _span(event: Mapping[str, Any], lanes: Mapping[tuple[int, int], Lane]) -> Span:
-    args = event["args"]
+    args, lane = event["args"], lanes[event["pid"], event["tid"]]
     if not -math.inf < args["start_s"] <= args["end_s"] < math.inf:
         raise ValueError(f"a span from {args['start_s']} to {args['end_s']} s")
-    lane = lanes[event["pid"], event["tid"]]
     return Span(Stage(event["name"]), lane, args["start_s"], args["end_s"], args["batch"], args["bytes"])

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
-_SATURATED = 0.9
-"""Share of the time from which a lane that works is the one that all others wait for."""
+_SATURATED = 0.9  # share of the time from which a lane that works is the one that all others wait for
 
 
 class State(NamedTuple):
@@ -50,12 +49,8 @@ class State(NamedTuple):
         return stage
 
 
-class Piece(NamedTuple):
-    """A part of the device's idle time: start and end in seconds, and what the device waited for."""
-
-    start: float
-    end: float
-    cause: Stage | None
+Piece = tuple[float, float, Stage | None]
+"""A part of the device's idle time: start and end in seconds, and what the device waited for."""
 
 
 def walk(spans: Sequence[Span]) -> Iterator[tuple[float, float, State]]:
@@ -84,14 +79,12 @@ class LaneTimes:
         programs = [span for span in spans if span.lane == Lane.DEVICE and span.stage == Stage.DEVICE]
         self.has_programs = bool(programs)
         self.start, self.end = min(span.start for span in spans), max(span.end for span in spans)
+        # From the device's first program to its last; without a device trace, the whole run.
         self.first = min((span.start for span in programs), default=self.start)
-        """When the device's first program began; the run's start without a device trace."""
         self.last = max((span.end for span in programs), default=self.end)
-        """When the device's last program ended; the run's end without a device trace."""
         self.inside: dict[State, float] = defaultdict(float)
-        """Seconds of each state, from `first` to `last`."""
+        """Seconds of each state, from `first` to `last`; `outside`, those before and after."""
         self.outside: dict[State, float] = defaultdict(float)
-        """Seconds of each state before and after."""
         for left, right, state in walk(spans):
             (self.inside if self.first <= left < self.last else self.outside)[state] += right - left
         self.pace = self._pace()
@@ -116,7 +109,7 @@ def device_gaps(spans: Sequence[Span]) -> list[list[Piece]]:
     gaps: list[list[Piece]] = []
     for left, right, state in walk(spans):
         if not state.computing:
-            if not gaps or gaps[-1][-1].end < left:
+            if not gaps or gaps[-1][-1][1] < left:
                 gaps.append([])
-            gaps[-1].append(Piece(left, right, state.cause(pace)))
+            gaps[-1].append((left, right, state.cause(pace)))
     return gaps

@@ -24,8 +24,8 @@ _ENGINE = re.compile(r"TPC|MME|DMA|ROTATOR")
 """A Gaudi's engines, each of which is a thread of the trace; those named PDMA copy between host and device."""
 _TO_DEVICE = re.compile(r"HtoD|H2D|host_to_", re.IGNORECASE)
 _TO_HOST = re.compile(r"DtoH|D2H|_to_host", re.IGNORECASE)
-_STEP = re.compile(r"ProfilerStep#")
-_STAGES = {
+_STAGES: dict[re.Pattern[str], Stage | None] = {
+    re.compile(r"ProfilerStep#"): None,
     # Names are those of PyTorch, of Lightning's profiler actions and hooks, of CUDA and of Synapse.
     re.compile(r"enumerate\(DataLoader\)#|predict_next|dataloader\.py\(\d+\): __next__"): Stage.FETCH,
     re.compile(r"on_before_batch_transfer|convert_input"): Stage.PREPARE,
@@ -41,14 +41,9 @@ _CLOSED = {*_SUPPLY, Stage.COPY_IN, Stage.COPY_OUT, Stage.WAIT_OUTPUT, Stage.COM
 """Stages whose inner events are a part of them: the ops of a collate function launch nothing."""
 
 
-class Diagnosed(NamedTuple):
-    """What `diagnose` found in a file."""
-
-    spans: list[Span]
-    report: Report
-
-
 class _Event(NamedTuple):
+    """`correlation` is shared by a call and the device's work that it launched; `lane` is for events of the device."""
+
     name: str
     category: str
     process: Any
@@ -56,13 +51,11 @@ class _Event(NamedTuple):
     start: float
     end: float
     correlation: Any
-    """What an event of the device shares with the call that launched it."""
     nbytes: int
     lane: Lane | None
-    """For events of the device."""
 
 
-def diagnose(path: str | PathLike[str]) -> Diagnosed:
+def diagnose(path: str | PathLike[str]) -> tuple[list[Span], Report]:
     """The spans of a file, and what limited the run.
 
     Args:
@@ -78,7 +71,7 @@ def diagnose(path: str | PathLike[str]) -> Diagnosed:
         spans, about = chrome.from_chrome(document, path)
         try:
             # It was made with the run's flags and counters, which spans do not tell.
-            return Diagnosed(spans, Report.from_dict(about["report"]))
+            return spans, Report.from_dict(about["report"])
         except (KeyError, TypeError, ValueError):
             pass  # another version wrote it, or there is none
     else:
@@ -88,7 +81,7 @@ def diagnose(path: str | PathLike[str]) -> Diagnosed:
             raise chrome.TraceFileError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     if not spans:
         raise chrome.TraceFileError(f"{path} has no event of a host thread or a device: record at least one batch.")
-    return Diagnosed(spans, analyse(spans, measured_on=measured_on))
+    return spans, analyse(spans, measured_on=measured_on)
 
 
 def from_profiler(document: Mapping[str, Any]) -> tuple[list[Span], str]:
@@ -101,9 +94,8 @@ def from_profiler(document: Mapping[str, Any]) -> tuple[list[Span], str]:
     host = [event for event in events if event.lane is None and event.category in _HOST]
     threads = Counter((event.process, event.thread) for event in host)
     # A process's first thread has its number. The bridge writes its calls into another process, under the same thread.
-    main = next((thread for process, thread in threads if process == thread), None)
-    if main is None and threads:
-        main = threads.most_common(1)[0][0][1]
+    first = [thread for process, thread in threads if process == thread]
+    main = next(iter([*first, *(thread for (_, thread), _ in threads.most_common(1))]), None)
     batch_of = _batches([event for event in host if event.thread == main])
     copies = {event.correlation: event.lane for event in device if event.correlation is not None}
     spans = list(_host_spans(host, main, copies, batch_of))
@@ -113,7 +105,11 @@ def from_profiler(document: Mapping[str, Any]) -> tuple[list[Span], str]:
         batch = batch_of(launched[event.correlation]) if event.correlation in launched else None
         stage = {Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}.get(event.lane, Stage.DEVICE)
         spans.append(Span(stage, event.lane, event.start, event.end, batch, event.nbytes))
-    return spans, _measured_on(document, {event.category for event in events})
+    categories = {event.category for event in events}
+    name = next((each.get("name", "") for each in document.get("deviceProperties", [])), "")
+    if "hpu_op" in categories:
+        name = f"HPU {name}".strip()
+    return spans, name or ("" if categories & {*_CALLS, *_DEVICE} else "cpu")
 
 
 def _event(event: Mapping[str, Any], names: Mapping[tuple[Any, Any], str]) -> _Event:
@@ -148,30 +144,18 @@ def _host_spans(
         if around and (around[-1][1] in _CLOSED or stage == Stage.LAUNCH):
             continue
         around.append((event.end, stage))
-        if event.thread == main:
-            yield Span(stage, Lane.MAIN, event.start, event.end, batch_of(event.start))
-        else:
-            yield Span(stage, Lane.PREFETCH, event.start, event.end)
+        lane, batch = (Lane.MAIN, batch_of(event.start)) if event.thread == main else (Lane.PREFETCH, None)
+        yield Span(stage, lane, event.start, event.end, batch)
 
 
 @lru_cache(maxsize=4096)  # a trace has millions of events and few names
 def _stage_of(name: str) -> Stage | None:
     """What a host event was for; None says nothing."""
-    if _STEP.search(name):
-        return None
     return next((stage for pattern, stage in _STAGES.items() if pattern.search(name)), Stage.LAUNCH)
 
 
 def _batches(main: list[_Event]) -> Callable[[float], int | None]:
     """A function from a moment to the main thread's batch: a batch begins with a fetch, or else with a step."""
     starts = [event.start for event in main if _stage_of(event.name) == Stage.FETCH]
-    starts = starts or [event.start for event in main if _STEP.search(event.name)]
+    starts = starts or [event.start for event in main if event.name.startswith("ProfilerStep#")]
     return lambda moment: bisect_right(starts, moment) - 1 if starts and moment >= starts[0] else None
-
-
-def _measured_on(document: Mapping[str, Any], categories: set[str]) -> str:
-    properties = document.get("deviceProperties")
-    name = properties[0].get("name", "") if properties else ""
-    if "hpu_op" in categories:
-        return f"HPU {name}".strip()
-    return name or ("" if categories & {*_CALLS, *_DEVICE} else "cpu")

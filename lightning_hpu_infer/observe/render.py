@@ -10,8 +10,6 @@ from rich.text import Text
 
 from lightning_hpu_infer.observe.report import Report, Severity, label_of
 
-_MIN_SHARE = 0.005
-_MAX_REASONS = 3
 _COLOURS = {Severity.NONE: "green", Severity.MODERATE: "yellow", Severity.HIGH: "red"}
 
 
@@ -19,22 +17,17 @@ def render(report: Report) -> RenderableType:
     """A panel: verdict, overview, causes, stages, and what to change next."""
     causes = _table("The device was idle for" if report.device else "The main thread was in", "seconds", "share")
     for cause in report.causes:
-        if cause.share >= _MIN_SHARE:
+        if cause.share >= 0.0005:  # the table shows 0.1 %
             causes.add_row(label_of(cause.stage), f"{cause.seconds:.3f}", f"{cause.share:.1%}")
     stages = _table("Stage", "lane", "seconds", "of the run", "ms each", "GB/s")
     for time in report.stages:
-        stages.add_row(
-            time.stage.value,
-            time.lane.value,
-            f"{time.seconds:.3f}",
-            f"{time.seconds / (report.seconds or 1):.1%}",
-            f"{time.seconds / time.spans * 1e3:.3f}",
-            f"{time.nbytes / time.seconds / 1e9:.2f}" if time.nbytes and time.seconds else "",
-        )
-    advice = Text.assemble(("Next: ", "bold"), report.advice)
+        share, each = f"{time.seconds / (report.seconds or 1):.1%}", f"{time.seconds / time.spans * 1e3:.3f}"
+        speed = f"{time.nbytes / time.seconds / 1e9:.2f}" if time.nbytes and time.seconds else ""
+        stages.add_row(time.stage.value, time.lane.value, f"{time.seconds:.3f}", share, each, speed)
+    parts: list[RenderableType] = [Text("\n".join(_overview(report))), *([causes] if causes.rows else []), stages]
     colour = _COLOURS[report.severity]
     return Panel(
-        Group(Text("\n".join(_overview(report))), *([causes] if causes.rows else []), stages, advice),
+        Group(*parts, Text.assemble(("Next: ", "bold"), report.advice)),
         title=Text(report.summary, style=f"bold {colour}"),
         subtitle=Text(f"measured on {report.measured_on}") if report.measured_on else None,
         border_style=colour,
@@ -67,7 +60,6 @@ def _overview(report: Report) -> list[str]:
             f" {counters.evictions} evictions, {counters.verified} verified"
         )
         reasons = sorted(counters.plain_reasons.items(), key=itemgetter(1), reverse=True)
-        lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:_MAX_REASONS]]
-    if counters.padded_elements:
-        lines.append(f"padding: {counters.padding_waste:.0%} of the inputs")
-    return [*lines, *report.tuning]
+        lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:3]]
+    padding = [f"padding: {counters.padding_waste:.0%} of the inputs"] if counters.padded_elements else []
+    return [*lines, *padding, *report.tuning]

@@ -79,15 +79,13 @@ class Cause:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceTime:
-    """The device's part of the run, in seconds. The four add up to the run's time."""
+    """The run's time, in seconds: before the device's first program, between that and its last, and after it."""
 
     before: float
-    """Until its first program."""
     busy: float
     idle: float
-    """Between its first and its last program; compilation is idle time too."""
+    """Between its first and its last program, without `busy`; compilation is idle time too."""
     after: float
-    """Since its last program."""
 
     @property
     def mostly_outside(self) -> bool:
@@ -110,7 +108,6 @@ class Report:
     seconds: float
     """From the first span's start to the last span's end."""
     stages: tuple[StageTime, ...]
-    """In the order of lanes, then of stages."""
     device: DeviceTime | None
     """None without a device trace: the verdict then rests on what the host did."""
     causes: tuple[Cause, ...]
@@ -143,11 +140,10 @@ class Report:
         severity = f" ({self.severity.value})" if self.severity != Severity.NONE else ""
         if self.device is None:
             return f"{self.verdict.value}{severity}, judged by the host alone"
-        line = f"{self.verdict.value}{severity}: device busy {self.efficiency:.0%}"
-        if self.main_cause is None:
-            return line
-        how_much = "mostly" if self.main_cause == self.causes[0] else "in part"
-        return f"{line}, idle {how_much} for {label_of(self.main_cause.stage)}"
+        idle, cause = "", self.main_cause
+        if cause is not None:
+            idle = f", idle {'mostly' if cause == self.causes[0] else 'in part'} for {label_of(cause.stage)}"
+        return f"{self.verdict.value}{severity}: device busy {self.efficiency:.0%}{idle}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, with `throughput` and `efficiency`, as values that `json` can write."""
@@ -169,18 +165,15 @@ class Report:
         Raises:
             KeyError, TypeError, ValueError: If it is not a report of this version.
         """
+        stages = [each | {"lane": Lane(each["lane"]), "stage": Stage(each["stage"])} for each in data["stages"]]
+        verdicts = [each | {"verdict": Verdict(each["verdict"])} for each in data["causes"]]
+        causes = [each | {"stage": each["stage"] and Stage(each["stage"])} for each in verdicts]
         values = {each.name: data[each.name] for each in fields(cls)} | {
             "verdict": Verdict(data["verdict"]),
             "severity": Severity(data["severity"]),
-            "stages": tuple(
-                StageTime(**each | {"lane": Lane(each["lane"]), "stage": Stage(each["stage"])})
-                for each in data["stages"]
-            ),
+            "stages": tuple(StageTime(**each) for each in stages),
             "device": data["device"] and DeviceTime(**data["device"]),
-            "causes": tuple(
-                Cause(**each | {"stage": each["stage"] and Stage(each["stage"]), "verdict": Verdict(each["verdict"])})
-                for each in data["causes"]
-            ),
+            "causes": tuple(Cause(**each) for each in causes),
             "counters": Counters(**data["counters"]),
             "tuning": tuple(data["tuning"]),
         }

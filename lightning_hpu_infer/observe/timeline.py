@@ -4,23 +4,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_hpu_infer.observe.gaps import Piece, device_gaps
 from lightning_hpu_infer.observe.report import label_of
 from lightning_hpu_infer.observe.spans import Lane, Span, Stage
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 _BATCHES_SHOWN = 6
-_SPANS_SHOWN = 200
-"""Where spans belong to no batch."""
+_SPANS_SHOWN = 200  # where spans belong to no batch
+# One per batch, in turn: pale relatives of Okabe and Ito's, which colour-blind people can tell apart.
 _COLOURS = ("#8ecae6", "#ffc971", "#95d5b2", "#f4a6c0", "#c8b6ff")
-"""One per batch, in turn: pale relatives of Okabe and Ito's, which colour-blind people can tell apart."""
 _NO_BATCH, _IDLE, _INK = "#d9d9d9", "#c0504d", "#222222"
-_CHARACTERS = 170
-"""That a row has room for."""
+_CHARACTERS = 170  # that a row has room for
 
 
 class _Box(NamedTuple):
@@ -50,25 +45,19 @@ def timeline(spans: Sequence[Span], path: str | PathLike[str], *, first: int | N
         raise ValueError("There is nothing to draw: no span was recorded. Trace a run of at least one batch.")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
         from matplotlib.ticker import EngFormatter
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install lightning-hpu-infer[plots]") from error
     start, end, shown = _window(spans, first)
-    rows = _rows([span for span in spans if span.start <= end and span.end >= start])
-    legend = [
-        Patch(facecolor=_COLOURS[0], edgecolor=_INK, label="one colour and number per batch"),
-        Patch(facecolor="white", edgecolor=_INK, label="thread waits"),
-    ]
+    # A compilation is drawn as idle time, which tells its cause.
+    rows = _rows([span for span in spans if span.start <= end and span.end >= start and span.stage != Stage.COMPILE])
+    caption = "one colour and number per batch"
     if any(span.lane == Lane.DEVICE for span in spans):
-        gaps = [gap for gap in device_gaps(spans) if gap[0].start < end and gap[-1].end > start]
-        boxes = [
-            _Box(gap[0].start, gap[-1].end, [_reasons(gap, most, "\n") for most in (2, 1)], "white", idle=True)
-            for gap in gaps
-        ]
-        rows[Lane.DEVICE, False] = boxes + rows.get((Lane.DEVICE, False), [])
-        idle = f"device idle; here for {_reasons(piece for gap in gaps for piece in gap)}"
-        legend.append(Patch(facecolor="white", edgecolor=_IDLE, hatch="////", label=idle))
+        gaps = [gap for gap in device_gaps(spans) if gap[0][0] < end and gap[-1][1] > start]
+        rows[Lane.DEVICE, False] = [*map(_idle, gaps), *rows.get((Lane.DEVICE, False), [])]
+        pieces = [piece for gap in gaps for piece in gap if piece[0] < end and piece[1] > start]
+        here = _reasons((max(left, start), min(right, end), cause) for left, right, cause in pieces)
+        caption += f"; hatched: device idle, here for {here}"
     names = sorted(rows, key=lambda row: (list(Lane).index(row[0]), row[1]))
     # Not pyplot, which keeps every figure and asks for a display.
     figure = Figure(figsize=(14, 1.3 + 0.5 * len(rows)), dpi=120, layout="constrained")
@@ -81,18 +70,16 @@ def timeline(spans: Sequence[Span], path: str | PathLike[str], *, first: int | N
     axes.xaxis.set_major_formatter(EngFormatter("s"))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title("\n".join(filter(None, (title, shown))), loc="left", fontsize=10)
-    figure.legend(handles=legend, loc="outside lower left", ncols=len(legend), fontsize=8, frameon=False)
+    axes.set_xlabel(caption, loc="left", fontsize=9)
     figure.savefig(path)
 
 
 def _window(spans: Sequence[Span], first: int | None) -> tuple[float, float, str]:
     """Start and end of the time to show, and what that is in words."""
     batches = sorted({span.batch for span in spans if span.batch is not None})
-    skip = max(0, (len(batches) - _BATCHES_SHOWN) // 2)
-    if first is not None:
-        if first not in batches:
-            raise ValueError(f"There is no batch {first} in the trace, which has {len(batches)} batches.")
-        skip = batches.index(first)
+    if first is not None and first not in batches:
+        raise ValueError(f"There is no batch {first} in the trace, which has {len(batches)} batches.")
+    skip = max(0, (len(batches) - _BATCHES_SHOWN) // 2) if first is None else batches.index(first)
     shown = batches[skip : skip + _BATCHES_SHOWN]
     chosen = [span for span in spans if span.batch is not None and shown[0] <= span.batch <= shown[-1]]
     # A batch is prepared long before the main thread takes it.
@@ -110,8 +97,6 @@ def _rows(spans: Iterable[Span]) -> dict[tuple[Lane, bool], list[_Box]]:
     rows: dict[tuple[Lane, bool], list[_Box]] = {}
     ends = dict.fromkeys(Lane, -math.inf)
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
-        if span.lane == Lane.DEVICE and span.stage == Stage.COMPILE:
-            continue  # idle time, which tells its cause
         # Times read from a file are inexact.
         inner = span.start < span.end <= ends[span.lane] + 5e-9
         ends[span.lane] = max(ends[span.lane], span.end)
@@ -124,11 +109,14 @@ def _box(span: Span) -> _Box:
     if span.stage in (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT):
         return _Box(span.start, span.end, [name, "wait"], "white")
     colour = _NO_BATCH if span.batch is None else _COLOURS[span.batch % len(_COLOURS)]
-    # The device's lanes tell the stage, and colours the batch.
-    words = (
-        [f"{name} {number}", name.replace(" ", "\n"), number] if span.lane in (Lane.MAIN, Lane.PREFETCH) else [number]
-    )
+    words = [number]  # the device's lanes tell the stage, and colours the batch
+    if span.lane in (Lane.MAIN, Lane.PREFETCH):
+        words = [f"{name} {number}", name.replace(" ", "\n"), number]
     return _Box(span.start, span.end, words, colour)
+
+
+def _idle(gap: Sequence[Piece]) -> _Box:
+    return _Box(gap[0][0], gap[-1][1], [_reasons(gap, most, "\n") for most in (2, 1)], "white", idle=True)
 
 
 def _reasons(pieces: Iterable[Piece], most: int = 3, between: str = ", ") -> str:
@@ -142,7 +130,7 @@ def _reasons(pieces: Iterable[Piece], most: int = 3, between: str = ", ") -> str
     return between.join(f"{name} {EngFormatter('s', places=1)(spent / 1e9)}" for name, spent in worth) or "nothing"
 
 
-def _draw(axes: "Axes", place: int, boxes: Sequence[_Box], start: float, end: float) -> None:
+def _draw(axes: Any, place: int, boxes: Sequence[_Box], start: float, end: float) -> None:
     """Draw what is in sight of a row, with seconds after `start` as x and `place` as y."""
     lefts = [max(box.start, start) - start for box in boxes]
     widths = [min(box.end, end) - start - left for box, left in zip(boxes, lefts, strict=True)]

@@ -54,10 +54,10 @@ def test_uneven_stages_ask_for_deeper_queues() -> None:
         return [*gap, *wait, *(Span(S.FETCH, Lane.PREFETCH, end - ms / 1e3, end, k) for k, end in enumerate(ends))]
 
     for ms, deeper in ((3, True), (4.9, True), (5.1, False)):
-        assert ("Raise `prefetch` from 2 to 4" in analyse(fetching(ms), config=ON).advice) is deeper
-    assert "from 600 to 1024" in analyse(fetching(3), config=InferenceConfig(prefetch=600)).advice
+        assert ("Raise `prefetch` to 4" in analyse(fetching(ms), config=ON).advice) is deeper
+    assert "`prefetch` to 1024" in analyse(fetching(3), config=InferenceConfig(prefetch=600)).advice
     hooks = [Span(S.END_HOOKS, Lane.MAIN, k * 6e-3 + 4e-3, k * 6e-3 + 6e-3, k) for k in range(40)]
-    assert "Raise `in_flight` from 1 to 2" in analyse(gap + hooks, config=ON).advice
+    assert "Raise `in_flight` to 2" in analyse(gap + hooks, config=ON).advice
     # Not where it was tried, or may not be.
     for config in (InferenceConfig(pipelining="auto"), InferenceConfig(prefetch=1024, in_flight=1024)):
         assert "`num_workers`" in analyse(fetching(3), config=config).advice
