@@ -1,3 +1,5 @@
+"""The next thing to change: what is proposed for which bottleneck, and what is not."""
+
 import pytest
 
 from lightning_hpu_infer.config import InferenceConfig

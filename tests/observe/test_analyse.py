@@ -1,3 +1,5 @@
+"""Constructed runs of each bottleneck: verdicts, causes of idle time and stage times."""
+
 import dataclasses
 import random
 from itertools import pairwise

@@ -1,3 +1,5 @@
+"""Chrome traces: what is written is read back, and damaged files are named."""
+
 import gzip
 import json
 import math

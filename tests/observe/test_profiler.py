@@ -1,3 +1,5 @@
+"""`diagnose`: traces of PyTorch's profiler and of this package, and the command."""
+
 import gc
 import gzip
 import os

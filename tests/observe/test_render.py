@@ -1,3 +1,5 @@
+"""A report as a terminal shows it."""
+
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters
 from tests.observe.simulate import ON, S, Times, pipelined, printed, stock

@@ -1,3 +1,5 @@
+"""The report as a value: shares, summary and JSON."""
+
 import json
 
 import pytest

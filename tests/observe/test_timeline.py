@@ -1,3 +1,5 @@
+"""The picture of a trace."""
+
 import re
 import sys
 from pathlib import Path
