@@ -1,6 +1,8 @@
 """The side-by-side recorder: one case on stock Lightning and on the plugin, everything that can be seen compared."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_hpu_infer import HPUInferenceAccelerator
+from lightning_hpu_infer.graphs import GraphCounts
 from tests.helpers import trainer
 
 
@@ -38,6 +41,9 @@ class Record:
     writes: list[tuple[Any, ...]] = field(default_factory=list)
     epoch_writes: list[Any] = field(default_factory=list)
     after: tuple[Any, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    graphs: GraphCounts | None = None
+    """What graphs did in the run; None on stock Lightning and without graphs."""
 
 
 class Watch(BasePredictionWriter):
@@ -135,9 +141,25 @@ def host(data: Any) -> Any:
     return data
 
 
+@contextmanager
+def _warnings_into(texts: list[str]) -> Iterator[None]:
+    """Note all warnings, none of which is an error, as it is to users."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "No HPU was found")  # once per process; the tests on the CPU mean it
+        yield
+    texts.extend(str(each.message) for each in given)
+
+
 def run(accelerator: Any, make: Callable[[], Case]) -> Record:
     """Predict one case and record it."""
-    record, case = Record(), make()
+    record = Record()
+    with _warnings_into(record.warnings):
+        _run(accelerator, make(), record)
+    return record
+
+
+def _run(accelerator: Any, case: Case, record: Record) -> None:
     ours = trainer(accelerator, [*case.callbacks, Watch(record)], **case.trainer)
     if case.before is not None:
         case.before(ours, case)
@@ -150,7 +172,9 @@ def run(accelerator: Any, make: Callable[[], Case]) -> Record:
         record.predictions = host(predictions)
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"
-    progress: Any = ours.predict_loop.batch_progress
+    loop: Any = ours.predict_loop
+    progress = loop.batch_progress
+    record.graphs = getattr(loop, "graph_counts", None)
     record.after = (
         progress.current.ready,
         ours.state.status.value,
@@ -160,7 +184,6 @@ def run(accelerator: Any, make: Callable[[], Case]) -> Record:
         sorted(name for name, module in case.module.named_modules() if "forward" in vars(module)),
         dict(sorted(getattr(case.module, "seen", {}).items())),
     )
-    return record
 
 
 def same(actual: Any, expected: Any, where: str = "") -> None:
@@ -181,8 +204,11 @@ def same(actual: Any, expected: Any, where: str = "") -> None:
         assert actual == expected, f"{where}: {actual!r} instead of {expected!r}"
 
 
-def compare(flags: dict[str, Any], make: Callable[[], Case], stock: Record) -> None:
-    """Run a case on the plugin and compare with its record on stock Lightning."""
+def compare(flags: dict[str, Any], make: Callable[[], Case], stock: Record) -> Record:
+    """Run a case on the plugin and compare with its record on stock Lightning.
+
+    Returns the record of the plugin, whose warnings and graphs stock cannot have.
+    """
     accelerator = HPUInferenceAccelerator(**flags)
     ours = run(accelerator, make)
     same(ours.error, stock.error, "error")
@@ -193,7 +219,7 @@ def compare(flags: dict[str, Any], make: Callable[[], Case], stock: Record) -> N
     if not deferred:
         same(ours.calls, stock.calls, "calls")
         same(ours.writes, stock.writes, "writes")
-        return
+        return ours
     # Starts and ends each stay in order, and whatever surrounds the batches stays where it is. An error drops what
     # was in flight: ends of the last batches before it are missing.
     same(_named(ours, "batch_start"), _named(stock, "batch_start"), "starts")
@@ -212,6 +238,7 @@ def compare(flags: dict[str, Any], make: Callable[[], Case], stock: Record) -> N
         elif call[0] == "batch_end":
             behind = started - position["s", call[1], call[2]]
             assert 0 <= behind <= accelerator.config.in_flight
+    return ours
 
 
 def _named(record: Record, name: str) -> list[tuple[Any, ...]]:
