@@ -24,9 +24,9 @@ from lightning_hpu_infer.observe.report import Report
 
 STEPS: dict[str, dict[str, Any]] = {
     "1-stock-order": OFF,
-    "2-graphs": OFF | {"hpu_graphs": True},
-    "3-async-copies": OFF | {"hpu_graphs": True, "async_copy": True},
-    "4-pipelining": {},
+    "2-graphs": OFF | {"hpu_graphs": "hpu_graph"},
+    "3-async-copies": OFF | {"hpu_graphs": "hpu_graph", "async_copy": True},
+    "4-pipelining": {"hpu_graphs": "hpu_graph"},
 }
 
 

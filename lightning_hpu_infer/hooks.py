@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
-from lightning_hpu_infer.observe.spans import Observer, Stage
+from lightning_hpu_infer.observer import Observer, Stage
 from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]

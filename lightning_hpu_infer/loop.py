@@ -18,7 +18,7 @@ from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
 from lightning_hpu_infer.lengths.order import Reordered
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import TracedRun
-from lightning_hpu_infer.observe.spans import Lane, Observer, Observers, Stage
+from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.source import host_batches, may_reuse_memory, warmed_up

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
-from lightning_hpu_infer.observe.spans import Lane, Observer, Stage
+from lightning_hpu_infer.observer import Lane, Observer, Stage
 from lightning_hpu_infer.transfer import clone, pin
 
 Prepare = Callable[[Any, int], tuple[Any, Lengths | None]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.nested import map_tensors, tensors_in
-from lightning_hpu_infer.observe.spans import Observer, Stage
+from lightning_hpu_infer.observer import Observer, Stage
 
 _HOST = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any, NamedTuple, TypeVar
 
 from lightning_hpu_infer.nested import size_of
-from lightning_hpu_infer.observe.spans import Lane, Observer, Stage
+from lightning_hpu_infer.observer import Lane, Observer, Stage
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.padding import Padding
 from lightning_hpu_infer.graphs.split import Split
 from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
-from lightning_hpu_infer.observe.spans import Stage
+from lightning_hpu_infer.observer import Stage
 
 Arguments = tuple[Any, ...]
 

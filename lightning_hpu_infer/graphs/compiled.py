@@ -13,7 +13,7 @@ from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.examine import Examination
 from lightning_hpu_infer.graphs.padding import Padding
 from lightning_hpu_infer.graphs.store import Key, PadState
-from lightning_hpu_infer.observe.spans import Stage
+from lightning_hpu_infer.observer import Stage
 
 # Shapes of one FX graph that are remembered.
 _MAX_KEYS = 1024

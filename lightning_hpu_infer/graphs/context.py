@@ -14,7 +14,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from lightning_hpu_infer.graphs.replacements import DataReplacements
-from lightning_hpu_infer.observe.spans import Observer
+from lightning_hpu_infer.observer import Observer
 
 
 class GraphContext:

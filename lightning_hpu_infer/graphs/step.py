@@ -20,7 +20,7 @@ from lightning_hpu_infer.graphs.direct import DirectGraphs
 from lightning_hpu_infer.graphs.networks import CallSites, OutermostCalls, named_modules, repeated_blocks
 from lightning_hpu_infer.graphs.traced import NOTHING, TRACING_FAILED, TracedCall
 from lightning_hpu_infer.graphs.weights import KeptWeights
-from lightning_hpu_infer.observe.spans import Observer
+from lightning_hpu_infer.observer import Observer
 
 Step = Callable[..., Any]
 Kind = Literal["hpu_graph", "direct", "hpu_backend", "inductor"]

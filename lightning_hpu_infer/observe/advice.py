@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.report import Report, Verdict, label_of
-from lightning_hpu_infer.observe.spans import Lane, Stage
+from lightning_hpu_infer.observer import Lane, Stage
 
 _MAX_DEPTH = 1024  # of `prefetch` and of `in_flight`
 _SUPPLY = (Stage.FETCH, Stage.PREPARE, Stage.PIN)

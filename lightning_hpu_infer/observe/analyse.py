@@ -9,7 +9,8 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.advice import Setup, advise
 from lightning_hpu_infer.observe.gaps import LaneTimes
 from lightning_hpu_infer.observe.report import Cause, Counters, DeviceTime, Report, Severity, StageTime, Verdict
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 # Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler.
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}

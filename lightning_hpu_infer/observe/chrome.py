@@ -9,7 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 _PRODUCER = "lightning_hpu_infer"
 _PLACES = {lane: (1 if lane in (Lane.PREFETCH, Lane.MAIN) else 2, tid) for tid, lane in enumerate(Lane, 1)}

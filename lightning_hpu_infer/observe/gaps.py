@@ -7,7 +7,8 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 _SATURATED = 0.9  # share of the time from which a lane that works is the one that all others wait for
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Report
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 _DEVICE = {"kernel", "concurrent_kernel", "gpu_memset", "gpu_memcpy"}
 _CALLS = {"cuda_runtime", "cuda_driver", "privateuse1_runtime", "hpu_op"}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from lightning_hpu_infer.observe.spans import Lane, Stage
+from lightning_hpu_infer.observer import Lane, Stage
 
 
 class Verdict(str, Enum):

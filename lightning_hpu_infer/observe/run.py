@@ -16,7 +16,8 @@ from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observe.advice import Setup
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters, Report
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage, Trace
+from lightning_hpu_infer.observe.spans import Span, Trace
+from lightning_hpu_infer.observer import Lane, Stage
 
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
 _STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
@@ -92,7 +93,11 @@ class TracedRun:
         return analyse(
             self.spans,
             config=self._as_it_ran(depths, threaded=threaded),
-            setup=self._setup(),
+            setup=Setup(
+                precision=str(self._trainer.precision),
+                progress_bar=self._trainer.progress_bar_callback is not None,
+                cores=os.cpu_count() or 0,
+            ),
             counters=counters,
             measured_on=measured_on,
             tuning=tuning,
@@ -124,13 +129,6 @@ class TracedRun:
         config, device = self._config, self._trainer.strategy.root_device
         prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight)
         return replace(config, prefetch=prefetch if threaded else 0, in_flight=in_flight)
-
-    def _setup(self) -> Setup:
-        return Setup(
-            precision=str(self._trainer.precision),
-            progress_bar=self._trainer.progress_bar_callback is not None,
-            cores=os.cpu_count() or 0,
-        )
 
 
 def _device_spans(recorded: list[Any], host: list[Span]) -> list[Span]:

@@ -1,62 +1,16 @@
-"""The stages of a batch, what may observe them, and the observer that records a span of each.
-
-A stage in which nothing can happen, such as hooks that nobody overrides, has no spans.
-"""
+"""Spans: what each stage of each batch took, recorded by an observer."""
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from math import inf
 from time import perf_counter
 from typing import Any, TypeVar
 
+from lightning_hpu_infer.observer import Lane, Observer, Stage
+
 T = TypeVar("T")
-
-
-class Lane(str, Enum):
-    """Where a span took place: a host thread or a queue of the device."""
-
-    PREFETCH = "prefetch thread"
-    MAIN = "main thread"
-    H2D = "copy to device"
-    DEVICE = "device"
-    D2H = "copy to host"
-
-
-class Stage(str, Enum):
-    """What a span was spent on. The stages of the device's lanes carry the lane's own name."""
-
-    FETCH = "fetch"
-    """`next(dataloader)`: dataset and collation."""
-    PREPARE = "prepare"
-    """`on_before_batch_transfer`, conversion and padding on the host."""
-    PIN = "pin"
-    """Copy to pinned memory."""
-    WAIT_INPUT = "wait for input"
-    """The main thread has no prepared batch."""
-    COPY_IN = "copy in"
-    """Transfer hooks: enqueue the copy to the device, and wait for it where it blocks."""
-    START_HOOKS = "start hooks"
-    LAUNCH = "launch"
-    """`predict_step`, until all its work is enqueued."""
-    CAPTURE = "capture"
-    """A traced graph's first calls for a shape: plain, captured, verified. Inside of `LAUNCH`."""
-    REPLAY = "replay"
-    """A graph is replayed. Inside of `LAUNCH`."""
-    WAIT_OUTPUT = "wait for output"
-    """The main thread waits until the device has finished a batch."""
-    COPY_OUT = "copy out"
-    """Copy of finished outputs to the host."""
-    END_HOOKS = "end hooks"
-    """`on_predict_batch_end` of callbacks and module: post-processing, writers, progress bar."""
-    DEVICE = "compute"
-    """A program of the device, on lane `DEVICE`."""
-    COMPILE = "compile"
-    """Compilation of a new program, on lane `DEVICE`."""
-    H2D = "copy to device"
-    D2H = "copy to host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,116 +33,50 @@ class Span:
         return self.end - self.start
 
 
-class Observer:
-    """Observes the stages of a run and changes nothing. This one observes nothing, which costs nothing.
-
-    A stage is observed by wrapping the function that does its work, once per run; `wrap` returns the function itself
-    where there is nothing to observe. A lane is used by one thread only, which may be any.
-    """
-
-    records = False
-    """Whether spans are recorded. Waiting for an output is then kept apart from copying it."""
-
-    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
-        """The function to call in place of `function`, so that the stage is observed."""
-        return function
-
-    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` once, on the main thread."""
-        return function(*args)
-
-    def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
-        """Note the index of the batch that the lane's thread works on from now on."""
-
-    def completed(self, output: Any) -> None:
-        """Note that the oldest batch in flight has its output, on the host if anybody wants it there."""
-
-
-class Observers(Observer):
-    """Several observers as one; the first is the innermost.
-
-    Args:
-        observers: In the order in which they wrap a function.
-    """
-
-    def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
-        self.records = any(observer.records for observer in observers)
-
-    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
-        """Wrap the function by every observer."""
-        for observer in self._observers:
-            function = observer.wrap(stage, function, lane)
-        return function
-
-    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
-        """Call the function, observed by every observer."""
-        for observer in self._observers:
-            function = partial(observer.timed, stage, function)
-        return function(*args)
-
-    def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
-        """Tell every observer."""
-        for observer in self._observers:
-            observer.at(batch, lane)
-
-    def completed(self, output: Any) -> None:
-        """Tell every observer."""
-        for observer in self._observers:
-            observer.completed(output)
-
-
-class _LaneTrace:
-    """Records what one host thread does: the newest half million spans."""
-
-    def __init__(self) -> None:
-        # Tuples of little else than numbers: they are made, and kept, beside every batch.
-        self.records: deque[tuple[Stage, float, float, int | None]] = deque(maxlen=500_000)
-        self.batch: int | None = None
-
-    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` within a span, also if it raises."""
-        start = perf_counter()
-        try:
-            return function(*args)
-        finally:
-            self.records.append((stage, start, perf_counter(), self.batch))
-
-
 class Trace(Observer):
-    """Records a span of every stage on the two host lanes, `Lane.MAIN` and `Lane.PREFETCH`."""
+    """Records the spans of the two host lanes, `Lane.MAIN` and `Lane.PREFETCH`: the newest half million of each."""
 
     records = True
 
     def __init__(self) -> None:
-        self._lanes = {lane: _LaneTrace() for lane in (Lane.PREFETCH, Lane.MAIN)}
-        self._main = self._lanes[Lane.MAIN]
+        # Tuples of little else than numbers: they are made, and kept, beside every batch.
+        self._records: dict[Lane, deque[tuple[Stage, float, float, int | None]]] = {
+            lane: deque(maxlen=500_000) for lane in (Lane.PREFETCH, Lane.MAIN)
+        }
+        self._batch: dict[Lane, int | None] = dict.fromkeys(self._records)
 
     def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
         """`function`, with a span around each call."""
-        return partial(self._lanes[lane].timed, stage, function)
+        return partial(self._recorded, lane, stage, function)
 
     def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` within a span, also if it raises."""
-        return self._main.timed(stage, function, *args)
+        """Call `function` within a span."""
+        return self._recorded(Lane.MAIN, stage, function, *args)
 
     def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
-        """Attribute the spans that follow in this lane to a batch."""
-        self._lanes[lane].batch = batch
+        """Attribute the spans that end from now on in this lane to a batch."""
+        self._batch[lane] = batch
+
+    def _recorded(self, lane: Lane, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        start = perf_counter()
+        try:
+            return function(*args)
+        finally:
+            self._records[lane].append((stage, start, perf_counter(), self._batch[lane]))
 
     @property
     def complete_from(self) -> float:
-        """The moment from which every lane is complete: the oldest spans of a long run have made room for newer ones.
+        """From when on every lane is complete, as old spans make room for new ones; minus infinity if none did.
 
-        On the clock of `time.perf_counter`, in seconds; minus infinity if nothing was dropped.
+        Seconds on the clock of `time.perf_counter`.
         """
-        full = (lane.records[0][2] for lane in self._lanes.values() if len(lane.records) == lane.records.maxlen)
+        full = (records[0][2] for records in self._records.values() if len(records) == records.maxlen)
         return max(full, default=-inf)
 
     def spans(self) -> list[Span]:
         """What was recorded, lane by lane, in the order in which it ended."""
         return [
             Span(stage, lane, start, end, batch)
-            for lane, trace in self._lanes.items()
-            for stage, start, end, batch in trace.records
+            for lane, records in self._records.items()
+            for stage, start, end, batch in records
         ]

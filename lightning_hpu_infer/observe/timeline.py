@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from lightning_hpu_infer.observe.gaps import Piece, device_gaps
 from lightning_hpu_infer.observe.report import label_of
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 _BATCHES_SHOWN = 6
 _SPANS_SHOWN = 200  # where spans belong to no batch

@@ -9,7 +9,8 @@ from rich.console import Console
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.render import render
 from lightning_hpu_infer.observe.report import Report, Severity, Verdict
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 
 OFF = InferenceConfig(hpu_graphs=False, async_copy=False, pipelining=False)
 ON = InferenceConfig()

@@ -6,7 +6,8 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.advice import Setup
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.observe.simulate import CASES, LAUNCH, OFF, ON, S, Times, pipelined, stock
 
 

@@ -12,7 +12,8 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.gaps import device_gaps, walk
 from lightning_hpu_infer.observe.report import Cause, Counters, Report, Severity, Verdict
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.observe.simulate import CASES, OFF, ON, S, Times, check_sums, pipelined, printed, random_spans, stock
 
 

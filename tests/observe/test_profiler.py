@@ -20,7 +20,8 @@ from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.profiler import diagnose, from_profiler
 from lightning_hpu_infer.observe.report import Report, Verdict
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.helpers import Rows
 from tests.observe.simulate import Times, pipelined
 

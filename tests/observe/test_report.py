@@ -6,7 +6,8 @@ import pytest
 
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters, Report
-from lightning_hpu_infer.observe.spans import Lane, Span
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane
 from tests.observe.simulate import LAUNCH, OFF, ON, S, printed, stock
 
 

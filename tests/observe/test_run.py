@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observe.report import Report
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.helpers import ALL_OFF, Broken, BrokenStep, HookLog, Net, Writer, assert_equal, predict, rows, trainer
 
 BATCHES = 6

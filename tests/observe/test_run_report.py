@@ -15,7 +15,8 @@ from lightning_hpu_infer.observe import spans as trace
 from lightning_hpu_infer.observe.advice import Setup
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters, Report
-from lightning_hpu_infer.observe.spans import Lane, Span
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane
 from tests.helpers import Net, predict, rows
 from tests.observe.simulate import S, printed
 

@@ -9,7 +9,8 @@ import pytest
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe import timeline as plots
 from lightning_hpu_infer.observe.analyse import analyse
-from lightning_hpu_infer.observe.spans import Lane, Span, Stage
+from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.observe.simulate import Times, pipelined, stock
 
 TIMES = Times(
