@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from lightning_hpu_infer import emulator
@@ -36,6 +37,28 @@ def emulated() -> Iterator[None]:
     """The emulated HPU with its default settings, counters at zero."""
     with installed():
         yield
+
+
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """The emulated HPU in eager mode, as Habana's current releases are by default."""
+    with installed(lazy=False):
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["lazy", "eager"])
+def lazy_and_eager(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The test runs once in each mode of the emulated HPU."""
+    with installed(lazy=request.param):
+        yield
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """TorchDynamo without memory: it keeps code per function, and gives up on a function after eight versions of it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,25 +15,8 @@ from lightning_hpu_infer.emulator import EmulatorConfig
 from tests.contract.models import MODELS
 from tests.helpers import Clock, installed
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 BOTH_GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    """Dynamo keeps its code per function, and gives up on a function after eight versions of it."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def eager() -> Iterator[None]:
-    emulator.install(EmulatorConfig(lazy=False))
-    emulator.reset_stats()
-    try:
-        yield
-    finally:
-        emulator.uninstall()
 
 
 def _compiled(target: Any, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,17 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_hpu_infer import emulator
-from lightning_hpu_infer.emulator import EmulatorConfig
-
+pytestmark = pytest.mark.usefixtures("lazy_and_eager")
 GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-
-
-@pytest.fixture(autouse=True, params=[True, False], ids=["lazy", "eager"])
-def _hpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    emulator.install(EmulatorConfig(lazy=request.param))
-    yield
-    emulator.uninstall()
 
 
 def test_grouped_mm_of_float32() -> None:

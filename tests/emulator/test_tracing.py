@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,27 +11,13 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from lightning_hpu_infer import emulator
-from lightning_hpu_infer.emulator import EmulatorConfig
+from tests.helpers import installed
 
-pytestmark = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"]),
+]
 GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@contextlib.contextmanager
-def _device(lazy: bool) -> Iterator[None]:
-    emulator.install(EmulatorConfig(lazy=lazy))
-    try:
-        yield
-    finally:
-        emulator.uninstall()
 
 
 class _Traced:
@@ -79,7 +64,7 @@ LITERALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("name", LITERALS)
 def test_constants_are_fake_while_tracing_and_real_in_each_call(lazy: bool, name: str, mode: Any) -> None:
     function = LITERALS[name]
-    with _device(lazy), mode():
+    with installed(lazy=lazy), mode():
         batches = [torch.tensor([1.0, 2.0, 0.0]).to("hpu"), torch.tensor([3.0, 0.0, 1.0]).to("hpu")]
         expected = [function(x).tolist() for x in batches]
         traced = _Traced()
@@ -94,7 +79,7 @@ def test_uninstall_leaves_fake_tensors_as_they_were(lazy: bool) -> None:
     from torch._subclasses import FakeTensorMode
 
     before = dict(vars(FakeTensorMode)), set(trace_rules.get_legacy_mod_inlinelist())
-    with _device(lazy):
+    with installed(lazy=lazy):
         pass
     assert (dict(vars(FakeTensorMode)), trace_rules.get_legacy_mod_inlinelist()) == before
 
@@ -114,7 +99,7 @@ def test_a_forward_that_assigns_attributes_is_one_graph(lazy: bool) -> None:
             return self.seen + self.count
 
     net = Remembers()
-    with _device(lazy), torch.inference_mode():
+    with installed(lazy=lazy), torch.inference_mode():
         net.to("hpu")
         traced = _Traced()
         # Not torch.compile(net), which makes the network a child of another module: it would get the hooks.
@@ -127,7 +112,7 @@ def test_a_forward_that_assigns_attributes_is_one_graph(lazy: bool) -> None:
 
 def test_weights_replaced_through_data_are_seen_by_traced_code(lazy: bool) -> None:
     net = nn.Linear(2, 1, bias=False)
-    with _device(lazy), torch.inference_mode():
+    with installed(lazy=lazy), torch.inference_mode():
         net.to("hpu")
         compiled = torch.compile(lambda x: net(x) + net.weight.data.sum(), backend=_Traced())
         x = torch.ones(1, 2).to("hpu")
@@ -208,7 +193,7 @@ def _model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_transformers_is_one_graph(lazy: bool, name: str) -> None:
-    with _device(lazy), torch.inference_mode():
+    with installed(lazy=lazy), torch.inference_mode():
         net, inputs = _model(name)
         if name in ("t5", "bart", "whisper"):
             inputs["decoder_input_ids"] = torch.randint(3, 50, (2, 4))
@@ -231,7 +216,7 @@ def test_a_model_of_transformers_is_one_graph(lazy: bool, name: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_generate(lazy: bool) -> None:
     name = "gpt2" if lazy else "bart"  # each takes ten seconds
-    with _device(lazy), torch.inference_mode():
+    with installed(lazy=lazy), torch.inference_mode():
         net, inputs = _model(name)
         generate: Any = net.generate
         expected = generate(**inputs, max_new_tokens=2, do_sample=False)

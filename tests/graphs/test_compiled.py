@@ -1,7 +1,6 @@
 """`hpu_graphs` where there are no HPU graphs: eager mode on the device, and inductor on the CPU."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
 from lightning_hpu_infer.graphs import StepGraphs
 from tests.graphs.models import IN_PLACE, Model, sizes
-from tests.helpers import Broken, Net, Rows, assert_equal, assert_like_stock, installed, predict, rows, trainer
-
-
-@pytest.fixture
-def eager() -> Iterator[None]:
-    """The emulated HPU in eager mode, as Habana's current releases are by default."""
-    with installed(lazy=False):
-        yield
+from tests.helpers import Broken, Net, Rows, assert_equal, assert_like_stock, predict, rows, trainer
 
 
 @pytest.mark.parametrize("hpu_graphs", [True, "compile"])

@@ -16,17 +16,11 @@ from itertools import combinations, product
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_hpu_infer import InferenceConfig
 from tests.parity.cases import CASES, Entry
 from tests.parity.flags import ELSEWHERE, SETS, VALUES, changed, pairwise
 from tests.parity.recorder import Record, compare, run
-
-
-@pytest.fixture
-def _new_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 @cache
@@ -49,7 +43,7 @@ def combinations_of_flags() -> Iterator[Any]:
         yield pytest.param(name, flags, id=f"{name}-{flags}", marks=marks)
 
 
-@pytest.mark.usefixtures("_new_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "flags"), list(combinations_of_flags()))
 def test_like_stock(name: str, flags: dict[str, Any], device: str) -> None:
     ours = compare(flags, CASES[name].make, stock(name))
@@ -83,7 +77,7 @@ PIPELINE = {name: VALUES[name] for name in ("async_copy", "async_output", "pipel
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("_new_dynamo", "device")
+@pytest.mark.usefixtures("fresh_dynamo", "device")
 @pytest.mark.parametrize("defer_hooks", VALUES["defer_hooks"])
 @pytest.mark.parametrize("hpu_graphs", VALUES["hpu_graphs"])
 @pytest.mark.parametrize("name", ["several_loaders", "a_fault_in_the_step"])
