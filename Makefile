@@ -97,7 +97,7 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
-	# Apart from the rest: see tests/vision.py.
+	# Apart from the rest: see model_zoo/vision.py.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/vision timm torchvision
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Which models get graphs: all of `tests/zoo.py`, equal to stock Lightning. Emulated, and counts only: no times.
+"""Which models get graphs: all of `model_zoo/`, equal to stock Lightning. Emulated, and counts only: no times.
 
     python -m benchmarks.models [--eager] [--json FILE] [NAME ...]
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.common import BARE, OFF, console, finish, parser, quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
-from tests.zoo import GENERATION, ZOO, Entry
+from model_zoo import GENERATION, ZOO, Entry
 
 
 class Programs(Callback):

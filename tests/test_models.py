@@ -1,6 +1,6 @@
 """Models as users write them, with graphs: equal to stock, with so many captures and programs per batch.
 
-`tests/zoo.py` has the models. Per model there are eight batches of one shape: the first runs plainly, the second is
+`model_zoo/` has the models. Per model there are eight batches of one shape: the first runs plainly, the second is
 traced and captured, the others are replays.
 """
 
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.graphs import GraphCounts
+from model_zoo import GENERATION, ZOO, Entry
 from tests.helpers import installed, predict, trainer
-from tests.zoo import GENERATION, ZOO, Entry
 
 # Captures, replays beside them, and programs per batch: a replay, and the copies that make its results the caller's.
 ONE_GRAPH = (1, 6, 2)

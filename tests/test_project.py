@@ -165,3 +165,12 @@ def test_docstrings_of_classes_describe_the_arguments_of_init() -> None:
                 taken = [name.lstrip("*") for name in parameters(function)]
                 assert [name.lstrip("*") for name in described] == taken, f"{path.name}: {node.name}"
     assert compared > 15
+
+
+@pytest.mark.parametrize("folder", ["lightning_hpu_infer", "model_zoo", "benchmarks", "examples"])
+def test_only_tests_import_tests(folder: str) -> None:
+    """What both use stands elsewhere, such as the networks in `model_zoo/`."""
+    paths = list((ROOT / folder).rglob("*.py"))
+    assert paths
+    importing = [path.name for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text(), re.MULTILINE)]
+    assert importing == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.vision import import_timm
+from model_zoo.vision import import_timm
 
 
 def hpu() -> Any:

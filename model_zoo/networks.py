@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from tests.zoo.registry import VOCAB, Batch, Make, Predictor, Step, graphs, history, images, numbers, padded, register
+from model_zoo.registry import VOCAB, Batch, Make, Predictor, Step, graphs, history, images, numbers, padded, register
 
 
 def mlp(*widths: int) -> nn.Sequential:

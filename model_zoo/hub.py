@@ -8,8 +8,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.vision import import_timm
-from tests.zoo.registry import (
+from model_zoo.registry import (
     GENERATION,
     PAD,
     VOCAB,
@@ -30,6 +29,7 @@ from tests.zoo.registry import (
     text,
     text_to_text,
 )
+from model_zoo.vision import import_timm
 
 
 class Steps:

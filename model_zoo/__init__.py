@@ -5,8 +5,8 @@ refers to the accelerator; masks, caches and types are what tokenizers and netwo
 """
 
 # In this order, which is that of reports.
-from tests.zoo import hub as hub  # registers its models
-from tests.zoo import networks as networks  # likewise
-from tests.zoo.registry import GENERATION, ZOO, Entry
+from model_zoo import hub as hub  # registers its models
+from model_zoo import networks as networks  # likewise
+from model_zoo.registry import GENERATION, ZOO, Entry
 
 __all__ = ["GENERATION", "ZOO", "Entry"]
