@@ -1,15 +1,10 @@
 """Models, data and recorders that the tests share."""
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,32 +102,6 @@ class Clock:
         with self._lock:
             self.now += seconds
             self.slept[threading.current_thread().name.removeprefix("hpu-emulator-")] += seconds
-
-
-def launch(folder: Path, *arguments: str, command: Sequence[str] = (sys.executable,)) -> tuple[int, str]:
-    """Run `parity/predict_on_devices.py` in a folder; returns exit code and output.
-
-    Its whole process group is ended if it hangs.
-    """
-    tests = Path(__file__).parent
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_"))}
-    # Its folders may be relative to ours.
-    search = [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
-    process = subprocess.Popen(
-        [*command, str(tests / "parity" / "predict_on_devices.py"), str(folder), *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(tests.parent), *search])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=folder,
-    )
-    try:
-        output, _ = process.communicate(timeout=110)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
 
 
 def assert_equal(actual: Any, expected: Any) -> None:

@@ -174,3 +174,29 @@ def test_only_tests_import_tests(folder: str) -> None:
     assert paths
     importing = [path.name for path in paths if re.search(r"^\s*(from|import) tests\b", path.read_text(), re.MULTILINE)]
     assert importing == []
+
+
+def test_what_the_page_about_tests_names_exists() -> None:
+    tests = ROOT / "tests"
+    page, conftests = (
+        (tests / "README.md").read_text(),
+        "".join(each.read_text() for each in tests.rglob("conftest.py")),
+    )
+    files = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py|(?:[a-z_]+/)+)`", page)
+    assert len(files) > 30
+    # In a folder's row, files are those of that folder.
+    places = [tests, ROOT, *(each for each in tests.iterdir() if each.is_dir())]
+    lost = [name for name in files if not any((place / name).exists() for place in places)]
+    assert [name for name in lost if not name.endswith(("/x.py", "_x.py"))] == []  # x stands for any name
+    table = page.partition("## Fixtures")[2].partition("## Laws")[0]
+    fixtures = re.findall(r"^\| `([\w`, ]+)` \|", table, re.MULTILINE)
+    assert len(fixtures) > 6
+    for name in ", ".join(fixtures).replace("`", "").split(", "):
+        assert f"def {name}(" in conftests, name
+    folders = {each.parent.name for each in tests.glob("*/__init__.py")}
+    assert [name for name in folders if f"\n| `{name}/` |" not in page] == []
+
+
+def test_no_test_imports_from_a_file_of_tests() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"^\s*from tests\.(\w+\.)?test_", path.read_text(), re.MULTILINE), path

@@ -1,59 +1,38 @@
 """Several devices: real processes, gloo standing in for hccl, compared with stock Lightning's on the CPU."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
 
-from tests.helpers import Net, Rows, launch, predict
-
-
-def results(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+from tests.parity.processes import check, launch, results
 
 
-def check(ranks: list[dict[str, Any]]) -> None:
-    """Every sample is predicted exactly once, under its index in the dataset."""
-    expected = [row for batch in predict("cpu", Net(), DataLoader(Rows(23), 23)) for row in batch.tolist()]
-    assert [rank["world_size"] for rank in ranks] == [2, 2]
-    found: dict[int, list[float]] = {}
-    for rank in ranks:
-        assert rank["written"] == rank["predictions"]
-        for indices, batch in zip(rank["indices"], rank["predictions"], strict=True):
-            for index, row in zip(indices, batch, strict=True):
-                assert index not in found
-                found[index] = row
-    assert sorted(found) == list(range(23))
-    for index, row in found.items():
-        assert row == pytest.approx(expected[index], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("device", "strategy"),
-    [("emulator", "auto"), ("emulator", "hpu_infer_ddp"), ("cpu", "auto")],
-)
-def test_two_devices_predict_every_sample_once(device: str, strategy: str, tmp_path: Path) -> None:
-    code, output = launch(tmp_path, device, strategy, "2")
+def predict_on_two(folder: Path, device: str, strategy: str) -> list[dict[str, Any]]:
+    """What two ranks of the plugin did, after a look at whether it is right."""
+    code, output = launch(folder, device, strategy, "2")
     assert code == 0, output
-    ranks = results(tmp_path)
+    ranks = results(folder)
     check(ranks)
     assert [rank["strategy"] for rank in ranks] == ["HPUInferenceDDPStrategy"] * 2
     assert [rank["root_device"] for rank in ranks] == ["hpu" if device == "emulator" else "cpu"] * 2
     # Six batches on each rank, the last of the second one short. The first of a rank runs plainly.
     assert [rank["replays"] for rank in ranks] == ([5, 4] if device == "emulator" else [0, 0])
+    return ranks
+
+
+@pytest.mark.parametrize(("device", "strategy"), [("emulator", "hpu_infer_ddp"), ("cpu", "auto")])
+def test_two_devices_predict_every_sample_once(device: str, strategy: str, tmp_path: Path) -> None:
+    predict_on_two(tmp_path, device, strategy)
 
 
 def test_two_devices_split_the_samples_as_stock_does(tmp_path: Path) -> None:
-    shares = []
-    for device in ("stock", "emulator"):
-        (folder := tmp_path / device).mkdir()
-        code, output = launch(folder, device, "auto" if device == "emulator" else "ddp", "2")
-        assert code == 0, output
-        shares.append([rank["indices"] for rank in results(folder)])
-    assert shares[1] == shares[0]
+    ours = predict_on_two(tmp_path, "emulator", "auto")
+    (folder := tmp_path / "stock").mkdir()
+    code, output = launch(folder, "stock", "ddp", "2")
+    assert code == 0, output
+    assert [rank["indices"] for rank in ours] == [rank["indices"] for rank in results(folder)]
 
 
 def test_started_by_torchrun(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from packaging.version import Version
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
-from tests.helpers import ALL_OFF, Net, assert_equal, launch, predict, rows, trainer
-from tests.parity.test_devices import check, results
+from tests.helpers import ALL_OFF, Net, assert_equal, predict, rows, trainer
+from tests.parity.processes import check, launch, results
 
 LIGHTNING = Version(lightning.__version__)
 SYNAPSE = "1.20.0"
