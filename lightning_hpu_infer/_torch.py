@@ -116,13 +116,23 @@ class _Callback:
             with dynamo_config.patch(**self._settings), warnings.catch_warnings():
                 # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
-                return self._inner(frame, *args, **kwargs)
+                result = self._inner(frame, *args, **kwargs)
+            # Otherwise Dynamo would never ask again for this code, whichever model calls it.
+            if getattr(result, "guarded_code", None) is None and _may_suit_another_model(frame.f_code):
+                self._skipped.add(frame.f_code)
+                return _skip()
+            return result
         except Exception as error:
             self._skipped.add(frame.f_code)
             self._failed(error)
             return _skip()
         finally:
             self._took(perf_counter() - start)
+
+
+def _may_suit_another_model(code: types.CodeType) -> bool:
+    """Whether code is the user's or a module's `forward`. Other frames of libraries are too many to ask each time."""
+    return code.co_name == "forward" or not code.co_filename.startswith(_LIBRARIES)
 
 
 def _skip() -> Any:

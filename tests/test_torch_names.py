@@ -132,6 +132,20 @@ def test_code_that_many_models_share_is_compiled_for_every_one_of_them() -> None
     assert [len(compiles.modules) > 0 for compiles in kept] == [True] * 80
 
 
+def reads_or_none(x: Tensor | None) -> Tensor | None:
+    if x is None:
+        return None
+    y = (x + 1) * 2
+    return y + 1 if y.sum().item() > 0 else y
+
+
+def test_code_in_which_one_model_has_nothing_to_trace_is_traced_for_another() -> None:
+    first, second = Compiles(), Compiles()
+    assert first.compile(called)(reads_or_none, None) is None
+    assert second.compile(called)(reads_or_none, torch.ones(2)).tolist() == [5.0, 5.0]
+    assert (len(first.modules), len(second.modules) > 0) == (0, True)
+
+
 def test_dimensions_are_marked_for_one_call_only() -> None:
     compiles, tensors = Compiles(), [torch.ones(2, 3), torch.ones(4, 3), torch.ones(5, 3)]
     compiled = compiles.compile(shifted)
