@@ -45,6 +45,8 @@ FAMILIARS = [
     *("deit_first", "siglip_similarity", "siglip_towers", "timesformer_classify", "hubert_transcribe", "wavlm_layers"),
     *("mpnet_embed", "albert_embed", "gpt2_classify", "timm_convnext_atto", "timm_mobilenetv3_small_050"),
     *("audio_spectrogram_transformer_classify", "bidirectional_lstm", "gemma_next_token", "mamba_score", "vae"),
+    *("bert_layers", "t5_embed", "distilbert_classify", "mistral_next_token", "clip_similarity", "whisper_classify"),
+    *("two_towers", "deep_sets", "autoencoder"),
 ]
 EAGER = [
     *("bert_embed", "llama_next_token", "t5_translate", "vit_classify", "clip_towers", "wav2vec2_transcribe", "lstm"),
