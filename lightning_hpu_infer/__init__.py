@@ -26,7 +26,9 @@ __all__ = [
 _accelerator.register()
 _strategies.register()
 
-if os.environ.get("LIGHTNING_HPU_INFER_EMULATOR", "0") not in ("", "0"):
+if (_devices := os.environ.get("LIGHTNING_HPU_INFER_EMULATOR", "0")) not in ("", "0"):
     from lightning_hpu_infer import emulator as _emulator
 
-    _emulator.install()
+    # The value is the number of devices; any other word means one.
+    _lazy = os.environ.get("PT_HPU_LAZY_MODE", "1") != "0"
+    _emulator.install(_emulator.EmulatorConfig(lazy=_lazy, num_devices=int(_devices) if _devices.isdecimal() else 1))

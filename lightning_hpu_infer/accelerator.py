@@ -1,8 +1,9 @@
 """The one object that users pass to the Trainer."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import fields
 from os import PathLike
+from reprlib import Repr
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_hpu_infer import _habana, _lightning
-from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.config import InferenceConfig, knows_its_options
+from lightning_hpu_infer.devices import check_count, check_training, log_device, select_device, warn_of_cpu
 from lightning_hpu_infer.graphs import graph_kind
 from lightning_hpu_infer.lengths.pad import PadSpec
 from lightning_hpu_infer.loop import PipelinedPredictionLoop
 from lightning_hpu_infer.observe.report import Report
 
+_BRIEF = Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80  # characters; of lists, the first six
 
+
+@knows_its_options
 class HPUInferenceAccelerator(Accelerator):
     """Makes `trainer.predict` keep an Intel Gaudi busy: `Trainer(accelerator=HPUInferenceAccelerator())`.
 
@@ -52,7 +58,8 @@ class HPUInferenceAccelerator(Accelerator):
             None means 2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network;
             "auto" begins with 2 everywhere. Used when `pipelining`.
         in_flight: Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the
-            device memory of a batch and its output. Used when `pipelining`.
+            device memory of a batch and its output. None means 1 on an HPU, and 0 on the CPU, where an output is there
+            at once; "auto" begins with 1 everywhere. Used when `pipelining`.
         depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where
             `pipelining="auto"` raises the depths.
         defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors. False keeps stock
@@ -90,7 +97,7 @@ class HPUInferenceAccelerator(Accelerator):
         async_output: bool = False,
         pipelining: bool | Literal["auto"] = True,
         prefetch: int | None = None,
-        in_flight: int = 1,
+        in_flight: int | None = None,
         depth_memory: int = 2**30,
         defer_hooks: bool = True,
         bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
@@ -132,6 +139,12 @@ class HPUInferenceAccelerator(Accelerator):
         """An accelerator that chooses the depths of its pipeline itself; other flags as usual."""
         return cls(**({"pipelining": "auto"} | flags))
 
+    def __repr__(self) -> str:
+        """The options that differ from the defaults."""
+        values = [(each.name, getattr(self.config, each.name), each.default) for each in fields(self.config)]
+        chosen = [f"{name}={_BRIEF.repr(value)}" for name, value, default in values if value != default]
+        return f"{type(self).__name__}({', '.join(chosen)})"
+
     def setup_device(self, device: torch.device) -> None:
         """Check the device that the strategy was built with.
 
@@ -142,17 +155,26 @@ class HPUInferenceAccelerator(Accelerator):
             raise MisconfigurationException(f"HPUInferenceAccelerator runs on hpu or cpu, the strategy has {device}.")
 
     def setup(self, trainer: Trainer) -> None:
-        """Put precision and the prediction loop in place. Called before the model moves to the device."""
+        """Put precision and the prediction loop in place. Called before the model moves to the device.
+
+        Raises:
+            MisconfigurationException: If the Trainer was asked to fit on an emulated HPU.
+        """
+        device = trainer.strategy.root_device
+        if trainer.state.fn == TrainerFn.FITTING and device.type == _habana.DEVICE_TYPE:
+            check_training()
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            log_device(device)
         if select_device().type == "cpu":
-            _warn_of_cpu()
-        elif trainer.strategy.root_device.type == "cpu":
+            warn_of_cpu()
+        elif device.type == "cpu":
             rank_zero_warn(
                 f"There is an HPU, but {type(trainer.strategy).__name__} was made for the CPU and predicts there. Use"
                 " `strategy='auto'`, and install the emulator, if that is the HPU, before you make the Trainer."
             )
-        _repair_precision(trainer.precision_plugin, trainer.strategy.root_device.type)
+        _repair_precision(trainer.precision_plugin, device.type)
         PipelinedPredictionLoop.install_on(trainer.predict_loop, self.config)
-        graph_kind(trainer.strategy.root_device, self.config)  # raises early where it cannot be
+        graph_kind(device, self.config)  # raises early where it cannot be
         if trainer.state.fn != TrainerFn.PREDICTING:
             # Other runs need the device's memory and change the weights.
             trainer.predict_loop.release_graphs()  # type: ignore[attr-defined]
@@ -170,7 +192,7 @@ class HPUInferenceAccelerator(Accelerator):
         """The number of devices asked for.
 
         Raises:
-            MisconfigurationException: If that is not a positive number.
+            MisconfigurationException: If that is not a positive number, or more than this machine has.
         """
         try:
             count = 0 if isinstance(devices, list | bool) else int(devices)
@@ -181,6 +203,7 @@ class HPUInferenceAccelerator(Accelerator):
                 f"`devices` must be a positive number or 'auto' (one device), got {devices!r}. Each process sees one"
                 " device only; choose cards with HABANA_VISIBLE_MODULES."
             )
+        check_count(count)
         return count
 
     @staticmethod
@@ -210,11 +233,6 @@ class HPUInferenceAccelerator(Accelerator):
             accelerator_registry.register(cls.name(), cls, description="Fast prediction on Intel Gaudi")
 
 
-def select_device() -> torch.device:
-    """The device of this process: an HPU, real or emulated, if there is one, else the CPU."""
-    return torch.device(_habana.DEVICE_TYPE, 0) if _habana.is_available() else torch.device("cpu")
-
-
 def register() -> None:
     """Make the accelerator known to Lightning by name."""
     HPUInferenceAccelerator.register_accelerators(AcceleratorRegistry)
@@ -229,12 +247,3 @@ def _repair_precision(plugin: Precision, device_type: str) -> None:
     if device_type == "cpu" and plugin.precision == "16-mixed":
         rank_zero_warn("`precision='16-mixed'` is not supported on the CPU: predicting with 'bf16-mixed' instead.")
         plugin.precision = "bf16-mixed"
-
-
-@cache
-def _warn_of_cpu() -> None:
-    rank_zero_warn(
-        "No HPU was found: HPUInferenceAccelerator predicts on the CPU. On a Gaudi machine, install Habana's PyTorch"
-        " bridge (`habana_frameworks`). To try the HPU code path on any machine, emulate one: call"
-        " `lightning_hpu_infer.emulator.install()` or set LIGHTNING_HPU_INFER_EMULATOR=1."
-    )

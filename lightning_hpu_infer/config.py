@@ -1,13 +1,43 @@
 """The plugin's flags as one frozen value that is passed down whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any, Literal
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from os import PathLike, fspath
+from typing import Any, Literal, TypeVar
 
 from lightning_hpu_infer.lengths.pad import PadSpec
 
+_Class = TypeVar("_Class", bound=type)
 
+
+def knows_its_options(cls: _Class) -> _Class:
+    """Make a class refuse arguments that it does not have with the name that was probably meant.
+
+    The signature stays what it is, for type checkers and for LightningCLI. Python says so itself from 3.13 on, of some.
+
+    Raises:
+        TypeError: When the class is called, if it does not have an argument.
+    """
+    init = cls.__init__  # type: ignore[misc]
+    options = [name for name in signature(init).parameters if name != "self"]
+
+    @wraps(init)
+    def checked(self: object, *args: Any, **flags: Any) -> None:
+        for name in flags:
+            if name not in options:
+                meant = get_close_matches(name, options, 1)
+                hint = f"Did you mean `{meant[0]}`?" if meant else f"Its options are {', '.join(options)}."
+                raise TypeError(f"{cls.__name__} has no option `{name}`. {hint}")
+        init(self, *args, **flags)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+@knows_its_options
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
     """What `HPUInferenceAccelerator` was asked to do. Each technique is one flag; the rest are its options.
@@ -66,9 +96,10 @@ class InferenceConfig:
     2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network; "auto" begins with 2
     everywhere. Used when `pipelining`."""
 
-    in_flight: int = 1
+    in_flight: int | None = None
     """Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the device
-    memory of a batch and its output. Used when `pipelining`."""
+    memory of a batch and its output. None means 1 on an HPU, and 0 on the CPU, where an output is there at once; "auto"
+    begins with 1 everywhere. Used when `pipelining`."""
 
     depth_memory: int = 2**30
     """Bytes that the batches ahead, and the batches and outputs behind, may take where `pipelining="auto"` raises the
@@ -115,7 +146,6 @@ class InferenceConfig:
                 f"`hpu_graphs` must be True, False, 'hpu_graph', 'compile' or 'direct', got {self.hpu_graphs!r}."
             )
         for name, low, high in (
-            ("in_flight", 0, 1024),
             ("max_graphs", 1, 65536),
             ("verify_graphs", 0, 65536),
             ("num_buckets", 1, 1024),
@@ -123,8 +153,9 @@ class InferenceConfig:
             ("depth_memory", 1, 2**63),
         ):
             _check_range(name, getattr(self, name), low, high)
-        if self.prefetch is not None:
-            _check_range("prefetch", self.prefetch, 0, 1024)
+        for name in ("prefetch", "in_flight"):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), 0, 1024)
         if self.graph_memory is not None:
             _check_range("graph_memory", self.graph_memory, 1, 2**63)
         if self.graph_modules is not None and self.graph_modules != "blocks":
@@ -150,17 +181,26 @@ class InferenceConfig:
             raise ValueError("`warm_up=True` needs `pipelining=True`.")
         if not (self.trace is None or isinstance(self.trace, str | PathLike)):
             raise TypeError(f"`trace` must be a folder or None, got {self.trace!r}.")
+        if self.trace is not None and not fspath(self.trace):
+            raise ValueError("`trace` is empty. Name a folder, such as '.', or pass None to record nothing.")
         group = self.group_by_length
         if not (group is None or isinstance(group, str | Sequence) or callable(group)):
             raise TypeError(f"`group_by_length` must be a key, a function or a list of lengths, got {group!r}.")
 
     def prefetch_depth(self, device_type: str) -> int:
         """Batches to prepare ahead where the network runs on a device of that type ("hpu" or "cpu")."""
+        return self._depth(self.prefetch, 2, device_type)
+
+    def in_flight_depth(self, device_type: str) -> int:
+        """Batches that may be launched behind one whose output is awaited, on a device of that type, likewise."""
+        return self._depth(self.in_flight, 1, device_type)
+
+    def _depth(self, chosen: int | None, default: int, device_type: str) -> int:
         if not self.pipelining:
             return 0
-        if self.prefetch is not None:
-            return self.prefetch
-        return 0 if device_type == "cpu" and self.pipelining is True else 2
+        if chosen is not None:
+            return chosen
+        return 0 if device_type == "cpu" and self.pipelining is True else default
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -172,6 +212,10 @@ def _check_type(name: str, value: object, expected: type) -> None:
         raise TypeError(f"`{name}` must be of type {expected.__name__}, got {value!r}.")
 
 
+def _are(values: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(values, Iterable) and all(map(fits, values))
+
+
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     _check_type(name, value, int)
     if not low <= value <= high:
@@ -179,16 +223,17 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if isinstance(names, str) or not _are(names, lambda name: isinstance(name, str)):
         raise TypeError(f"`graph_modules` must be a list of module names or 'blocks', got {names!r}.")
     if not names:
         raise ValueError("`graph_modules` is empty. Name a module, or pass `hpu_graphs=False`.")
     return tuple(names)
 
 
-def _checked_lengths(lengths: Sequence[int] | Literal["auto"]) -> tuple[int, ...]:
-    if isinstance(lengths, str) or not all(type(length) is int for length in lengths):
-        raise TypeError(f"`bucket_lengths` must be a list of int, 'auto' or None, got {lengths!r}.")
+def _checked_lengths(lengths: Any) -> tuple[int, ...]:
+    if isinstance(lengths, str) or not _are(lengths, lambda length: type(length) is int):
+        one = f" For one length, write [{lengths}]." if type(lengths) is int else ""
+        raise TypeError(f"`bucket_lengths` must be a list of int, 'auto' or None, got {lengths!r}.{one}")
     if not lengths or min(lengths) < 1:
         raise ValueError(f"`bucket_lengths` must be positive, and at least one, got {lengths!r}.")
     return tuple(sorted(set(lengths)))

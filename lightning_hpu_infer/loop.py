@@ -103,7 +103,7 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _predict_pipelined(self, prepared: Prefetcher[Batch]) -> None:
         """The order of the stages: batches are prepared ahead, launched, and retired behind."""
-        in_flight = InFlight(self._launch, self.config.in_flight)
+        in_flight = InFlight(self._launch, self.config.in_flight_depth(self.trainer.strategy.root_device.type))
         self._observer = self._tuned(prepared, in_flight)
         take = self._observer.wrap(Stage.WAIT_INPUT, partial(next, self._warmed_up(prepared), None))
         dataloader_idx = 0

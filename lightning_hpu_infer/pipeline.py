@@ -123,7 +123,7 @@ class InferencePipeline:
             self._attached.callback(graphs.release)
             step = self._attached.enter_context(graphs.attached(model))
         self._step = DeviceStep(step, self.device)
-        self._depth = self.config.in_flight if self.config.pipelining else 0
+        self._depth = self.config.in_flight_depth(self.device.type)
         self._output_buffers = PinnedBuffers() if self.config.pipelining and self.config.async_output else None
         self._pushed = InFlight(self._launch, self._depth)
         self._closed = False

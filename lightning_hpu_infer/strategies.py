@@ -13,7 +13,8 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 
 from lightning_hpu_infer import _habana, _lightning
-from lightning_hpu_infer.accelerator import HPUInferenceAccelerator, select_device
+from lightning_hpu_infer.accelerator import HPUInferenceAccelerator
+from lightning_hpu_infer.devices import select_device
 
 
 class HostCheckpointIO(TorchCheckpointIO):

@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from lightning_hpu_infer import HPUInferenceAccelerator, HPUInferenceStrategy, accelerator, strategies
-from tests.helpers import Net, assert_equal, predict, rows, trainer
+from lightning_hpu_infer import HPUInferenceAccelerator, HPUInferenceStrategy, accelerator, devices, strategies
+from tests.helpers import Net, assert_equal, installed, predict, rows, trainer
 
 # Functions, since what is chosen depends on the device that is there when they are called.
 WAYS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -74,10 +74,21 @@ def test_a_wrong_number_of_devices_is_refused(devices: Any) -> None:
         Trainer(accelerator=HPUInferenceAccelerator(), devices=devices, logger=False)
 
 
-@pytest.mark.usefixtures("emulated")
 def test_lightnings_own_ddp_on_hpus_is_refused_with_the_reason() -> None:
-    with pytest.raises(MisconfigurationException, match=r"DDPStrategy does not set up the backend `hccl`.*'auto'"):
+    refused = pytest.raises(MisconfigurationException, match=r"DDPStrategy does not set up the backend `hccl`.*'auto'")
+    with installed(num_devices=2), refused:
         Trainer(accelerator=HPUInferenceAccelerator(), strategy="ddp", devices=2, logger=False)
+
+
+def test_its_repr_shows_what_differs_from_the_defaults() -> None:
+    assert repr(HPUInferenceAccelerator()) == "HPUInferenceAccelerator()"
+    assert repr(HPUInferenceAccelerator(in_flight=2, hpu_graphs=False, max_graphs=16)) == (
+        "HPUInferenceAccelerator(hpu_graphs=False, in_flight=2)"
+    )
+    assert repr(HPUInferenceAccelerator.auto(trace="runs")) == (
+        "HPUInferenceAccelerator(pipelining='auto', trace='runs')"
+    )
+    assert len(repr(HPUInferenceAccelerator(group_by_length=list(range(10000))))) < 100
 
 
 def test_a_strategy_on_another_device_is_refused() -> None:
@@ -92,7 +103,7 @@ def test_a_strategy_for_the_cpu_beside_an_hpu_is_noted() -> None:
 
 
 def test_without_an_hpu_one_warning_names_both_remedies() -> None:
-    accelerator._warn_of_cpu.cache_clear()
+    devices.warn_of_cpu.cache_clear()
     with pytest.warns(UserWarning, match="No HPU was found.*habana_frameworks.*LIGHTNING_HPU_INFER_EMULATOR=1") as seen:
         predict(HPUInferenceAccelerator(), Net(), rows())
         predict(HPUInferenceAccelerator(), Net(), rows())
@@ -165,4 +176,8 @@ def test_the_environment_variable_installs_the_emulator() -> None:
         "import torch; print(emulator.is_installed(), torch.zeros(2).to('hpu').device)"
     )
     assert python(code, LIGHTNING_HPU_INFER_EMULATOR="1") == "True hpu:0"
-    assert python(code.split("\n")[0] + "; print(emulator.is_installed())", LIGHTNING_HPU_INFER_EMULATOR="0") == "False"
+    code = "import lightning_hpu_infer, torch; print(torch.hpu.device_count(), torch.hpu.is_available())"
+    assert python(code, LIGHTNING_HPU_INFER_EMULATOR="8") == "8 True"
+    assert python(code, LIGHTNING_HPU_INFER_EMULATOR="yes") == "1 True"
+    code = "import lightning_hpu_infer; from lightning_hpu_infer import emulator"
+    assert python(code + "; print(emulator.is_installed())", LIGHTNING_HPU_INFER_EMULATOR="0") == "False"

@@ -17,7 +17,7 @@ MAX_LINES = 400
 LAYERS = [
     {"_habana", "_lightning", "_torch", "nested", "observer"},
     {"lengths.pad"},
-    {"config"},
+    {"config", "devices"},
     {"lengths", "prefetch", "transfer", "tuning"},
     {"batch", "graphs", "observe"},
     {"hooks", "pipeline", "source", "doctor"},

@@ -39,7 +39,7 @@ def test_rule_10_memory_is_flat_over_2000_batches(flags: dict[str, Any], device:
     tensors = live_tensors()
     ours = trainer(HPUInferenceAccelerator(**flags), callbacks=[census])
     ours.predict(Net(), rows(BATCHES, 1), return_predictions=False)
-    in_flight = ours.accelerator.config.in_flight  # type: ignore[attr-defined]
+    in_flight = ours.accelerator.config.in_flight_depth(ours.strategy.root_device.type)  # type: ignore[attr-defined]
     assert len(census.most_alive) == BATCHES
     # Device batches in flight and the newest one, and the output being retired.
     assert max(census.most_alive) <= in_flight + 2

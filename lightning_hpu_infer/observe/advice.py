@@ -116,7 +116,7 @@ class _Advice:
                 return f"{number} ran without a graph: the report's list of reasons and the run's warnings say why."
             if not compiles and not on.pipelining:
                 return "Pass `pipelining=True`: the next batch is launched while the device computes."
-            if not compiles and on.in_flight == 0:
+            if not compiles and on.in_flight_depth("hpu") == 0:
                 return "Pass `in_flight=1`: the next batch is launched before this one's output is waited for."
         if compiles:
             captured = f" ({counters.captures} graphs for {batches} batches)" if counters.captures else ""
@@ -140,14 +140,15 @@ class _Advice:
         if on is not None:
             if not on.pipelining:
                 return "Pass `pipelining=True`: outputs are copied, and end hooks run, while the device computes."
-            if on.in_flight == 0:
+            depth = on.in_flight_depth("hpu")
+            if depth == 0:
                 return "Pass `in_flight=1`: an output is then copied while the device works on the next batch."
             if stage == Stage.END_HOOKS and not on.defer_hooks:
                 return "Pass `defer_hooks=True`: end hooks then run once the output has arrived, without waiting."
             # "auto" has tried greater depths.
             uneven = self._seconds(Stage.DEVICE) > self._busiest(but=(Stage.DEVICE,))
-            if uneven and on.pipelining != "auto" and on.in_flight < _MAX_DEPTH:
-                return f"Raise `in_flight` to {on.in_flight + 1}: now and then the device runs out of launched batches."
+            if uneven and on.pipelining != "auto" and depth < _MAX_DEPTH:
+                return f"Raise `in_flight` to {depth + 1}: now and then the device runs out of launched batches."
             # Where copies take all of the time, there is no other work to do meanwhile.
             if not on.async_output and 0.2 <= self._seconds(Stage.COPY_OUT) / self._report.seconds < 0.9:
                 return "Pass `async_output=True`: outputs are then copied while the main thread does other work."

@@ -127,7 +127,7 @@ class TracedRun:
     def _as_it_ran(self, depths: tuple[int, int] | None, *, threaded: bool) -> InferenceConfig:
         """The flags with the depths that there were in the end: `prefetch` is 0 where no thread ran."""
         config, device = self._config, self._trainer.strategy.root_device
-        prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight)
+        prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight_depth(device.type))
         return replace(config, prefetch=prefetch if threaded else 0, in_flight=in_flight)
 
 

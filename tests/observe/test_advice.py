@@ -43,7 +43,7 @@ from tests.observe.simulate import CASES, LAUNCH, OFF, ON, S, Times, pipelined, 
 def test_advice_names_what_is_not_done_yet(
     times: Times, config: InferenceConfig | None, counters: Counters, advice: str
 ) -> None:
-    in_flight = config.in_flight if config and config.pipelining else 0
+    in_flight = config.in_flight_depth("hpu") if config else 0
     assert advice in analyse(pipelined(40, times, in_flight), config=config, counters=counters).advice
 
 

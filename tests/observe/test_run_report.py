@@ -50,7 +50,7 @@ def test_of_a_long_run_the_part_that_all_threads_kept_is_judged(
     [
         ({}, {}, 2, 1),
         ({"prefetch": 3, "in_flight": 2}, {}, 3, 2),
-        ({"pipelining": False}, {}, 0, 1),
+        ({"pipelining": False}, {}, 0, 0),
         ({"pipelining": "auto"}, {}, 2, 1),
         ({}, {"precision": "bf16-true"}, 0, 1),
     ],

@@ -15,7 +15,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "async_output": (False, True),
     "pipelining": (True, False, "auto"),
     "prefetch": (None, 0, 4),
-    "in_flight": (1, 0, 3),
+    "in_flight": (None, 0, 3),
     "defer_hooks": (True, False),
 }
 """Each flag's values, its default first."""

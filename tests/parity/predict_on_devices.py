@@ -29,7 +29,7 @@ class Faulty(Net):
 def main(folder: Path, device: str, strategy: Any, devices: int, fault: bool) -> None:
     accelerator: Any = "cpu" if device == "stock" else HPUInferenceAccelerator()
     if device == "emulator":
-        emulator.install()
+        emulator.install(emulator.EmulatorConfig(num_devices=devices))
     if strategy.startswith("HPU"):
         # It looks for the device when it is imported.
         strategy = getattr(importlib.import_module("lightning_habana"), strategy)()

@@ -230,7 +230,6 @@ def refusal(capsys: pytest.CaptureFixture[str], folder: Path, arguments: Sequenc
 BAD_VALUES = [
     *[(name, value) for name in ("hpu_graphs", "async_copy", "pipelining", "defer_hooks") for value in (7, "maybe")],
     *[(name, value) for name in ("prefetch", "in_flight") for value in (-1, 1025, 1.5, "many", True)],
-    ("in_flight", None),
     *[("max_graphs", value) for value in (0, 65537, "many", False)],
     *[("verify_graphs", value) for value in (-1, 65537, "many", False)],
 ]

@@ -61,4 +61,4 @@ def test_a_buffer_that_the_step_reuses_is_written_as_it_was() -> None:
 
 def test_without_inference_mode_a_reused_buffer_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"overwritten.*`.clone\(\)`.*`pipelining=False`"):
-        predict(HPUInferenceAccelerator(), Reuses(SHOWS["whole"]), rows(10, 2), inference_mode=False)
+        predict(HPUInferenceAccelerator(in_flight=1), Reuses(SHOWS["whole"]), rows(10, 2), inference_mode=False)
