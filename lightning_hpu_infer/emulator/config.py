@@ -56,8 +56,6 @@ class EmulatorStats:
 
     captures: int = 0
     replays: int = 0
-    graph_fallbacks: int = 0
-    """Wrapped calls that ran the plain forward (``bypass_hpu_graphs``, or ``max_graphs`` reached)."""
     captures_failed: int = 0
     """Captures that ended without ``capture_end``."""
     compiles: int = 0

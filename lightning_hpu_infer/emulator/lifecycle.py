@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from lightning_hpu_infer.emulator import runtime
+from lightning_hpu_infer.emulator import c_api, c_core, events, runtime
 from lightning_hpu_infer.emulator.config import Counters, EmulatorConfig, EmulatorStats
 from lightning_hpu_infer.emulator.registration import Registration
 from lightning_hpu_infer.emulator.timeline import DeviceSpan
 
 _BRIDGE = str(Path(__file__).parent / "bridge")
 _PACKAGE = "habana_frameworks"
+_C_MODULES = {"_hpu_C": c_api, "_core_C": c_core, "utils._event_dispatcher_C": events}
 _LAZY_ENV = "PT_HPU_LAZY_MODE"
 _SWITCH_INTERVAL_S = 2e-4
 """How long one Python thread may keep another waiting. With CPython's 5 ms a device thread that comes back from a
@@ -49,8 +50,8 @@ class _Installation:
         self._undo.callback(runtime.set_current, None)
         self._undo.callback(rt.stop)
         self._undo.callback(_forget_modules)
-        c_api = importlib.import_module("lightning_hpu_infer.emulator.c_api")
-        sys.modules[f"{_PACKAGE}.torch._hpu_C"] = sys.modules[f"{_PACKAGE}.torch._core_C"] = c_api
+        self._undo.callback(events.EventDispatcher.instance().unsubscribe_all)
+        sys.modules.update({f"{_PACKAGE}.torch.{name}": module for name, module in _C_MODULES.items()})
         device = importlib.import_module(f"{_PACKAGE}.torch.hpu")
         self._undo.callback(Registration(device).undo)
         importlib.import_module(f"{_PACKAGE}.torch.core")

@@ -38,6 +38,11 @@ class Program:
                 frees[index].append(register)
         self.frees = tuple(map(tuple, frees))
 
+    @property
+    def name(self) -> str:
+        """A name for metrics: equal programs have equal ones."""
+        return f"recipe_{hash(self.key) & 0xFFFF_FFFF_FFFF:012x}"
+
     def run(self, env: Sequence[Storage | None]) -> None:
         """Execute; `env` has the storage of each input and of each output that a tensor still shows."""
         values: list[object] = [None] * self.num_registers

@@ -6,20 +6,20 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lightning_hpu_infer.emulator.config import Counters, EmulatorConfig
 from lightning_hpu_infer.emulator.engine import Engine, sleep_until
+from lightning_hpu_infer.emulator.events import EventDispatcher, EventId
 from lightning_hpu_infer.emulator.plan import Plan
 from lightning_hpu_infer.emulator.program import LazyQueue, Program
 from lightning_hpu_infer.emulator.storage import Cell, Memory, Storage
 from lightning_hpu_infer.emulator.task import Task
 from lightning_hpu_infer.emulator.timeline import Timeline
 
-Listener = Callable[[str, float], None]
 
 
 class CaptureState:
@@ -50,8 +50,8 @@ class Runtime:
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.programs: dict[tuple[Any, ...], Program] = {}
         self.compiled: set[tuple[Any, ...]] = set()
-        self.listeners: list[Listener] = []
-        """Called with an event's name and a number: a compilation's seconds, or 0."""
+        self.settings = dict.fromkeys(("dynamic_shape", "deterministic"), False) | {"recompute_sdp": True}
+        """What programs switch on and off (`c_api`); these can be asked for."""
         self.timeline = Timeline()
         names = ("compute", "h2d", "d2h", "d2h_host")
         self.compute, self.h2d, self.d2h, self.d2h_host = (Engine(name, self.timeline) for name in names)
@@ -99,6 +99,7 @@ class Runtime:
         if ident != self.owner_thread:
             if self.owner_thread == 0:
                 self.owner_thread = ident
+                self.notify("device_acquired")
             else:
                 self.counters.add("off_thread_calls")
 
@@ -199,23 +200,27 @@ class Runtime:
     def _compile(self, program: Program) -> None:
         """Let a program that was not launched before keep the compute queue busy for the compile time."""
         if program.key in self.compiled:
-            self.notify("recipe_hit")
+            self.notify("cache_hit", recipe_id=program.name)
             return
         self.compiled.add(program.key)
-        self.engine("compute").submit(Task(self._spend_compile_time, kind="compile" if self.config.compile_ms else ""))
+        kind = "compile" if self.config.compile_ms else ""
+        self.engine("compute").submit(Task(lambda: self._spend_compile_time(program.name), kind=kind))
 
-    def _spend_compile_time(self) -> None:
+    def _spend_compile_time(self, recipe: str) -> None:
         start = time.perf_counter()
         if self.config.compile_ms:
             sleep_until(start + self.config.compile_ms * 1e-3)
         self.counters.add("compiles")
-        self.notify("recipe_miss")
-        self.notify("graph_compilation", time.perf_counter() - start)
+        self.notify("cache_miss", recipe_id=recipe)
+        self.notify("graph_compilation", duration=round((time.perf_counter() - start) * 1e6), recipe=recipe)
 
-    def notify(self, event: str, amount: float = 0.0) -> None:
-        """Tell the listeners (the bridge's event dispatcher)."""
-        for listener in self.listeners:
-            listener(event, amount)
+    def notify(self, event: str, **params: object) -> None:
+        """Publish an event by the name of its `EventId`; what follows a colon is the name of an op."""
+        name, _, op_name = event.partition(":")
+        dispatcher, topic = EventDispatcher.instance(), EventId[name.upper()]
+        if dispatcher.has_subscribers(topic):
+            params |= {"op_name": op_name} if op_name else {}
+            dispatcher.publish(topic, [(key, str(value)) for key, value in params.items()])
 
     def synchronize(self) -> None:
         """Launch what is pending and wait for every queue of the device."""
@@ -245,6 +250,8 @@ class Runtime:
     def set_stream(self, stream_id: int) -> None:
         """Make another stream current; a change launches what is pending (bridge: HPUStream.cpp:219-225)."""
         if stream_id != self.stream_id:
+            if self.config.lazy:
+                self.notify("mark_step")
             self.flush("stream_switch")
             self.stream_id = stream_id
 

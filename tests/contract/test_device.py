@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract.models import hpu
+from tests.contract.conftest import REAL_DEVICE
+from tests.contract.models import TOLERANCE, hpu
 
 pytestmark = pytest.mark.usefixtures("hpu")
 
@@ -57,7 +58,7 @@ def test_module_parameters_move_and_come_back() -> None:
     net = net.to("hpu")
     assert {p.device.type for p in (*net.parameters(), *net.buffers())} == {"hpu"}
     assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in net.parameters())
-    torch.testing.assert_close(net(x.to("hpu")).cpu(), expected)
+    torch.testing.assert_close(net(x.to("hpu")).cpu(), expected, **TOLERANCE)
     torch.testing.assert_close(net.cpu()(x), expected)
 
 
@@ -76,8 +77,6 @@ def test_views_in_place() -> None:
     assert x.tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert x.unsqueeze_(0).shape == (1, 3, 2)
     assert (x + 1).sum().item() == 21.0
-    with pytest.raises(RuntimeError, match="in place"):
-        x.resize_(100)
 
 
 def test_views_of_another_dtype() -> None:
@@ -100,9 +99,7 @@ def test_indexing_with_host_and_device_indices() -> None:
     assert x[torch.tensor([2, 0]).to("hpu")].tolist() == [[4.0, 5.0], [0.0, 1.0]]
 
 
-def test_mixing_devices_raises() -> None:
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.ones(3, device="hpu") + torch.ones(3)
+def test_a_scalar_may_stay_on_the_host() -> None:
     assert (torch.ones(3, device="hpu") + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]
 
 
@@ -149,6 +146,7 @@ def test_device_randomness_has_its_own_state() -> None:
     assert torch.equal(on_device.cpu(), again.cpu())
 
 
+@pytest.mark.skipif(REAL_DEVICE, reason="a Gaudi does not check indices")
 def test_errors_of_the_device_reach_the_host_and_the_device_survives() -> None:
     table = torch.ones(2, 2, device="hpu")
     hpu().synchronize()  # an error spoils everything that was launched together with it
@@ -162,3 +160,68 @@ def test_scalars_of_a_repeated_op_are_told_apart() -> None:
     x = torch.ones(2).to("hpu")
     for scalar in (0.0, 1.0, -0.0, -1.0, 0, 1, True, False):
         torch.testing.assert_close((x * scalar).cpu(), torch.ones(2) * scalar)
+
+
+def test_settings_that_programs_switch() -> None:
+    for first, then in (("disable", "enable"), ("enable", "disable")):
+        getattr(hpu(), f"{first}_optim_output_sif")()
+        for name in ("inference_mode", "quantization", "matmul3d_2d_reshape", "dynamic_shape"):
+            getattr(hpu(), f"{then}_{name}")()
+        assert hpu().get_dynamic_shape_status() is (then == "enable")
+    with hpu().sdp_kernel(enable_recompute=False):
+        assert not hpu().recompute_sdp_enabled()
+    assert hpu().recompute_sdp_enabled()
+    with pytest.warns(UserWarning, match="deprecated"):
+        hpu().setDeterministic(True)
+    with pytest.warns(UserWarning, match="deprecated"):
+        assert hpu().getDeterministic() is True
+    with pytest.warns(UserWarning, match="deprecated"):
+        hpu().setDeterministic(False)
+
+
+def test_device_arguments() -> None:
+    assert hpu()._get_device_index("hpu:0") == hpu()._get_device_index(None, optional=True) == 0
+    assert hpu()._get_device_index("cpu", allow_cpu=True) == -1
+    with pytest.raises(ValueError, match="Expected a hpu device"):
+        hpu()._get_device_index("cpu")
+    with pytest.raises(ValueError, match="specified index"):
+        hpu()._get_device_index("hpu")
+    with pytest.raises(AssertionError, match="Invalid device id"):
+        hpu().memory_stats(99)
+    assert isinstance(hpu().get_device_name(), str)
+    assert "dramSize=" in hpu().get_device_properties()
+
+
+def test_states_of_the_random_generator() -> None:
+    state = hpu().get_rng_state()
+    first = torch.rand(4, device="hpu").cpu()
+    hpu().set_rng_state(state)
+    assert torch.equal(torch.rand(4, device="hpu").cpu(), first)
+    assert hpu().manual_seed(3) is not None
+    assert hpu().initial_seed() == 3
+    assert hpu().seed() == hpu().initial_seed()
+    assert len(hpu().get_rng_state_all()) == 1
+    with pytest.raises(RuntimeError):
+        hpu().get_rng_state("hpu:1")
+
+
+def test_metrics_by_name() -> None:
+    metric = hpu().metric_global("graph_compilation")
+    assert metric.name() == "graph_compilation"
+    assert {"TotalNumber", "TotalTime", "AvgTime"} <= set(dict(metric.stats()))
+    assert hpu().metric_global("nothing") is None
+    with hpu().metric_localcontext("cpu_fallback") as inside:
+        pass
+    assert dict(inside.stats()) == {"TotalNumber": 0, "FallbackOps": {}}
+
+
+def test_weights_are_marked_as_constant() -> None:
+    import habana_frameworks.torch.core as htcore
+    from habana_frameworks.torch.core.quantization import _check_params_as_const
+
+    net = nn.Linear(2, 2).to("hpu")
+    for _ in range(2):
+        htcore.hpu_inference_initialize(net)
+    if htcore.is_lazy():  # in eager mode nothing is marked
+        _check_params_as_const(net)
+    htcore.hpu_teardown_inference_env()

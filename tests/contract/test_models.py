@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.models import MODELS
+from tests.contract.models import MODELS, TOLERANCE
 
 pytestmark = pytest.mark.parametrize("name", MODELS)
 BOTH_GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -38,7 +38,7 @@ def test_logits_equal_the_cpus(name: str, mode: Any) -> None:
         expected = _logits(net(**inputs))
     net = net.to("hpu")
     with mode():
-        torch.testing.assert_close(_logits(net(**_to_hpu(inputs))).cpu(), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(_logits(net(**_to_hpu(inputs))).cpu(), expected, **TOLERANCE)
 
 
 @pytest.mark.usefixtures("lazy_hpu")
@@ -55,7 +55,7 @@ def test_replayed_logits_equal_the_cpus(name: str, mode: Any, mode_b: bool) -> N
     with mode():
         for batch, logits in zip(batches, expected, strict=True):
             result = _logits(net(**_to_hpu(batch))).cpu()
-            torch.testing.assert_close(result, logits, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(result, logits, **TOLERANCE)
 
 
 @pytest.mark.usefixtures("lazy_hpu")

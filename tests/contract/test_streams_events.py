@@ -105,7 +105,7 @@ def test_wait_event_orders_streams() -> None:
 
 
 @pytest.mark.usefixtures("lazy_hpu")
-def test_step_closures_and_iter_mark_step() -> None:
+def test_step_closures() -> None:
     import habana_frameworks.torch.core as htcore
 
     seen: list[int] = []
@@ -113,7 +113,72 @@ def test_step_closures_and_iter_mark_step() -> None:
     assert seen == []
     htcore.mark_step()
     assert seen == [1]
-    assert list(htcore.iter_mark_step([1, 2])) == [1, 2]
+    htcore.add_step_closure(seen.append, args=(2,))
+    htcore.iter_mark_step()
+    assert seen == [1, 2]
+    htcore.mark_step(sync=True)
+    assert seen == [1, 2]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_an_iterations_end_launches_nothing() -> None:
+    import habana_frameworks.torch.core as htcore
+
+    from lightning_hpu_infer.emulator import stats
+
+    x = torch.ones(1).to("hpu") + 1
+    programs = stats().programs
+    htcore.iter_mark_step("")
+    hpu().synchronize()
+    assert stats().flushes.get("mark_step", 0) == 0
+    assert stats().programs == programs + 1
+    assert x.item() == 2.0
+
+
+@pytest.mark.usefixtures("emulated")
+def test_waiting_for_a_stream_launches_what_is_pending_only_if_another_one_is_current() -> None:
+    from lightning_hpu_infer.emulator import stats
+
+    x = torch.ones(1).to("hpu") + 1
+    hpu().current_stream().synchronize()
+    assert stats().programs == 0
+    hpu().Stream().synchronize()
+    hpu().current_stream().synchronize()
+    assert stats().programs == 1
+    y = x + 1
+    hpu().Stream().query()
+    assert stats().flushes == {"synchronize": 1, "query": 1}
+    assert y.item() == 3.0
+
+
+@pytest.mark.usefixtures("hpu")
+def test_streams_by_number() -> None:
+    side = hpu().Stream()
+    assert side.id() == side.stream_id != 0
+    assert hpu().Stream(stream_id=side.stream_id, device_index=0, device_type=side.device_type) == side
+    assert hpu().Stream() != side
+    assert hpu().get_stream_info(side) == (torch.device("hpu", 0), side.stream_id)
+    with hpu().stream(side):
+        assert hpu().current_stream() == side
+        with hpu().stream(None), hpu().stream(hpu().default_stream()):
+            assert hpu().current_stream().id() == 0
+        assert hpu().current_stream() == side
+
+
+@pytest.mark.usefixtures("hpu")
+def test_streams_may_be_noted_for_a_tensor() -> None:
+    x = torch.ones(2).to("hpu")
+    hpu().record_stream(x, hpu().current_stream())
+    assert x.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.usefixtures("hpu")
+def test_elapsed_time_needs_two_recorded_events() -> None:
+    recorded = hpu().Event(enable_timing=True)
+    recorded.record()
+    recorded.synchronize()
+    with pytest.raises(RuntimeError, match="Both events must be recorded before calculating elapsed time"):
+        recorded.elapsed_time(hpu().Event(enable_timing=True))
 
 
 @pytest.mark.usefixtures("eager_hpu")

@@ -5,33 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from habana_frameworks.torch import _hpu_C
+from habana_frameworks.torch.hpu import streams
 
 __all__ = ["Event"]
 
 
-class Event:
+class Event(_hpu_C._HpuEventBase):
     """A point in a stream's work."""
-
-    def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
-        self.enable_timing = enable_timing
-        self._state = _hpu_C.Event()
 
     def record(self, stream: Any = None) -> None:
         """Mark what the stream has queued; the current stream by default."""
-        self._state.record(stream.stream_id if stream is not None else _hpu_C.current_stream())
+        super().record(stream if stream is not None else streams.current_stream())
 
     def wait(self, stream: Any = None) -> None:
         """Let later work of the stream wait for the event."""
-        self._state.block(stream.stream_id if stream is not None else _hpu_C.current_stream())
-
-    def query(self) -> bool:
-        """Tell whether the event's work has run; True if never recorded."""
-        return self._state.query()
-
-    def synchronize(self) -> None:
-        """Wait for the event's work."""
-        self._state.synchronize()
+        super().wait(stream if stream is not None else streams.current_stream())
 
     def elapsed_time(self, end_event: Event) -> float:
         """Return the milliseconds between two events."""
-        return self._state.elapsed_ms(end_event._state)
+        return super().elapsed_time(end_event) / 1e6
+
+    def __repr__(self) -> str:
+        return f"<torch.hpu.Event {self.hpu_event or 'that was not recorded'}>"

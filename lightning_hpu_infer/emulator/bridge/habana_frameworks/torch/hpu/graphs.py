@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from habana_frameworks.torch import _hpu_C
+from habana_frameworks.torch import _core_C, _hpu_C
 from habana_frameworks.torch.hpu import streams
 
 __all__ = [
@@ -49,11 +50,11 @@ class HPUGraph:
         """Run again on the static inputs."""
         _hpu_C.replay(self.hpu_graph, asynchronous)
 
-    def replayV2(self, static_tlist: list[Any], tlist: list[Any], asynchronous: bool = False) -> None:
+    def replayV2(self, static_tlist: Sequence[Any], tlist: Sequence[Any], asynchronous: bool = False) -> None:
         """Copy `tlist` into the static inputs and run."""
         _hpu_C.replayV2(self.hpu_graph, static_tlist, tlist, asynchronous)
 
-    def replayV3(self, tlistI: list[Any], asynchronous: bool = False) -> None:
+    def replayV3(self, tlistI: Sequence[Any], asynchronous: bool = False) -> None:
         """Run on the tensors instead of the marked inputs that matched."""
         _hpu_C.replayV3(self.hpu_graph, tlistI, asynchronous)
 
@@ -61,15 +62,15 @@ class HPUGraph:
         """Drop the memory of the matched inputs; synchronize first."""
         _hpu_C.clear_inputs(self.hpu_graph)
 
-    def mark_user_outputs(self, outputs: list[Any]) -> None:
+    def mark_user_outputs(self, outputs: Sequence[Any]) -> None:
         """Name the outputs to keep."""
         _hpu_C.mark_user_outputs(self.hpu_graph, outputs)
 
-    def mark_user_inputs(self, inputs: list[Any]) -> None:
+    def mark_user_inputs(self, inputs: Sequence[Any]) -> None:
         """Name the caller's tensors, while capturing."""
-        _hpu_C.mark_user_inputs(inputs)
+        _hpu_C.mark_user_inputs(self.hpu_graph, inputs)
 
-    def get_user_input_match_indices(self) -> list[int]:
+    def get_user_input_match_indices(self) -> set[int]:
         """Return the marked inputs that the graph reads directly."""
         return _hpu_C.get_user_input_match_indices(self.hpu_graph)
 
@@ -112,7 +113,7 @@ class graph:
 
 def is_current_stream_capturing() -> bool:
     """Tell whether the `graph` context manager records on the current stream."""
-    return streams.current_stream().is_capture
+    return getattr(streams.current_stream(), "is_capture", False)
 
 
 class CachedParams:
@@ -139,16 +140,16 @@ def input_hash(obj: Any) -> int:
     dtype and strides are not in it, equal hashes of different values collide (``1 == True``, ``-1`` and ``-2``), and
     objects other than dicts, lists, tuples and tensors count by their ``hash`` (bridge: graphs.py:488-499).
     """
-    autocast = torch.is_autocast_enabled("hpu")
+    autocast = _hpu_C.is_autocast_hpu_enabled()
     if isinstance(obj, dict):
         return input_hash(tuple(obj.items()))
-    if hasattr(obj, "data") and isinstance(getattr(obj, "data", None), dict):  # collections.UserDict
-        # The rows of a tensor are new objects each time, and hash by identity: such a call hardly ever hits.
-        return hash((tuple(tuple(value) for value in obj.values()), autocast))
-    if isinstance(obj, (list, tuple)):
-        return hash((tuple(input_hash(item) for item in obj), autocast))
+    if isinstance(obj, (list, tuple)) and not isinstance(obj, torch.Size):
+        return hash((tuple(map(input_hash, obj)), autocast))
     if isinstance(obj, torch.Tensor):
-        return hash((tuple(obj.shape), _hpu_C.get_view_hash(obj), autocast))
+        return hash((obj.shape, _hpu_C.get_view_hash(obj), autocast))
+    if isinstance(obj, collections.UserDict):
+        # The rows of a tensor are new objects each time, and hash by identity: such a call hardly ever hits.
+        return hash(tuple((key, tuple(value)) for key, value in obj.items()))
     return hash((obj, autocast))
 
 
@@ -166,25 +167,25 @@ def copy_to(dst: Any, src: Any) -> None:
         dst.copy_(src, non_blocking=True)
 
 
-def _tensors(obj: Any) -> Iterator[torch.Tensor]:
-    if isinstance(obj, dict):
-        for value in obj.values():
-            yield from _tensors(value)
-    elif isinstance(obj, (list, tuple)):
-        for value in obj:
-            yield from _tensors(value)
-    elif isinstance(obj, torch.Tensor):
-        yield obj
+def get_user_input_tensor_list(inputs: Any, tlist: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return `tlist` and the tensors in dicts, lists and tuples."""
+    if isinstance(inputs, torch.Tensor):
+        return (*tlist, inputs)
+    items = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (list, tuple)) else ()
+    for item in items:
+        tlist = get_user_input_tensor_list(item, tlist)
+    return tlist
 
 
-def get_user_input_tensor_list(obj: Any) -> list[torch.Tensor]:
-    """Return the tensors in dicts, lists and tuples."""
-    return list(_tensors(obj))
-
-
-def extract_tensors(obj: Any) -> list[torch.Tensor]:
-    """Return the tensors of a function's result."""
-    return list(_tensors(obj))
+def extract_tensors(data: Any) -> list[torch.Tensor]:
+    """Return the tensors of a function's result, also those in the attributes of objects."""
+    if isinstance(data, torch.Tensor):
+        return [data]
+    if isinstance(data, dict):
+        items = list(data.values())
+    else:
+        items = list(data) if isinstance(data, (list, tuple)) else list(getattr(data, "__dict__", {}).values())
+    return [tensor for item in items for tensor in extract_tensors(item)]
 
 
 def wrapped_hpugraph_forward(
@@ -204,66 +205,50 @@ def wrapped_hpugraph_forward(
     """
     warmup = kwargs.pop("warmup_mode", False)
     if kwargs.pop("bypass_hpu_graphs", False):
-        _hpu_C.count_graph_fallback()
         return orig_fwd(*args, **kwargs)
     inputs = (args, kwargs)
     key = input_hash(inputs)
-    extra_outputs = kwargs.pop("cache_tensors_list", [])
+    extra_outputs = extract_tensors(kwargs.pop("cache_tensors_list", []))
     if (override := os.getenv("PT_HPUGRAPH_DISABLE_TENSOR_CACHE")) is not None:
         disable_tensor_cache = override == "1"
-    dry_run = dry_run or disable_tensor_cache
     cached = cache.get(key)
     if cached is None:
         if max_graphs is not None and len(cache) == max_graphs:
-            _hpu_C.count_graph_fallback()
             return orig_fwd(*args, **kwargs)
-        return _capture(
-            cache, key, stream, orig_fwd, inputs, extra_outputs, disable_tensor_cache, asynchronous, dry_run
-        )
+        # On purpose without try/finally: the bridge leaves its capture state as it is after a failure (graphs.py:603).
+        with streams.stream(stream):
+            recorded = HPUGraph()
+            recorded.capture_begin(dry_run=dry_run or disable_tensor_cache)
+            given = get_user_input_tensor_list(inputs, ())
+            if disable_tensor_cache:
+                recorded.mark_user_inputs(given)
+            outputs = orig_fwd(*args, **kwargs)
+            recorded.capture_end()
+            static: Any = inputs
+            if disable_tensor_cache:
+                recorded.mark_user_outputs(extra_outputs + extract_tensors(outputs))
+                static = _unmatched(recorded, given)
+                recorded.replayV3(given, asynchronous)
+            elif dry_run:
+                recorded.replay(asynchronous)
+            cache[key] = CachedParams(static, outputs, recorded, asynchronous=asynchronous)
+        return outputs
     if warmup:
-        _hpu_C.step_marker()
-        return cached.graph_outputs
-    if disable_tensor_cache:
-        given = get_user_input_tensor_list(inputs)
-        for index, static in cached.graph_inputs:
-            static.copy_(given[index], non_blocking=True)
-        cached.graph.replayV3(given, asynchronous)
+        _core_C._mark_step()
+    elif disable_tensor_cache:
+        given = get_user_input_tensor_list(inputs, ())
+        copy_to(cached.graph_inputs, _unmatched(cached.graph, given))
+        cached.graph.replayV3(given, cached.asynchronous)
     else:
         copy_to(cached.graph_inputs, inputs)
-        cached.graph.replay(asynchronous)
+        cached.graph.replay(cached.asynchronous)
     return cached.graph_outputs
 
 
-def _capture(
-    cache: dict[int, CachedParams],
-    key: int,
-    stream: streams.Stream,
-    orig_fwd: Callable[..., Any],
-    inputs: tuple[tuple[Any, ...], dict[str, Any]],
-    extra_outputs: list[Any],
-    disable_tensor_cache: bool,
-    asynchronous: bool,
-    dry_run: bool,
-) -> Any:
-    # On purpose without try/finally: the bridge leaves its capture state as it is after a failure (graphs.py:603-632).
-    args, kwargs = inputs
-    with streams.stream(stream):
-        recorded = HPUGraph()
-        recorded.capture_begin(dry_run)
-        given = get_user_input_tensor_list(inputs)
-        if disable_tensor_cache:
-            recorded.mark_user_inputs(given)
-        outputs = orig_fwd(*args, **kwargs)
-        recorded.capture_end()
-        static: Any = inputs
-        if disable_tensor_cache:
-            recorded.mark_user_outputs(extract_tensors(outputs) + extract_tensors(extra_outputs))
-            matched = set(recorded.get_user_input_match_indices())
-            static = [(index, tensor) for index, tensor in enumerate(given) if index not in matched]
-        cache[key] = CachedParams(static, outputs, recorded, asynchronous=asynchronous)
-        if disable_tensor_cache:
-            recorded.replayV3(given, asynchronous)
-    return outputs
+def _unmatched(graph: HPUGraph, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the inputs that a replay does not bind, and that are therefore copied into static ones."""
+    matched = graph.get_user_input_match_indices()
+    return tuple(tensor for index, tensor in enumerate(tensors) if index not in matched)
 
 
 def wrap_in_hpu_graph_func(

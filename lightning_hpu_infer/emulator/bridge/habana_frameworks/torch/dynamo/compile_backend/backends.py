@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch._dynamo.backends import registry
 
-from habana_frameworks.torch import _hpu_C
 from habana_frameworks.torch.dynamo.compile_backend import config
+from lightning_hpu_infer.emulator.compiled import CompiledGraph
 
 _NAME = "hpu_backend"
 
@@ -17,7 +17,7 @@ def hpu_backend(
 ) -> Callable[..., Sequence[Any]]:
     """Compile a graph of dynamo's; `options` are names of `config`, a `mode` is accepted."""
     with config.patch(kwargs.get("options")):
-        return _hpu_C.compile_graph(graph_module)
+        return CompiledGraph(graph_module).__call__
 
 
 registry.register_backend(hpu_backend, name=_NAME)
