@@ -17,7 +17,7 @@ from lightning_hpu_infer.hooks import BatchHooks, Hook, step_of, uses_dataloader
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
 from lightning_hpu_infer.lengths.order import Reordered
 from lightning_hpu_infer.observe.report import Counters
-from lightning_hpu_infer.observe.run import TracedRun
+from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
@@ -307,15 +307,12 @@ class PipelinedPredictionLoop(PredictionLoop):
         if self.config.trace is None:
             yield Observer()
             return
-        with TracedRun(self.config, self.trainer) as traced:
+        with TracedRun(self.config, self.trainer, self._totals) as traced:
             yield traced.trace
-            tuner = self._tuner
-            depths, tuning = (tuner.depths, tuner.summary()) if tuner is not None else (None, ())
-            traced.conclude(self._counters(), depths, tuning)
 
-    def _counters(self) -> Counters:
-        counts = self.graph_counts or GraphCounts()
-        return Counters(
+    def _totals(self) -> Totals:
+        counts, tuner = self.graph_counts or GraphCounts(), self._tuner
+        counters = Counters(
             captures=counts.captures,
             replays=counts.replays,
             plain_calls=counts.plain_calls,
@@ -325,6 +322,7 @@ class PipelinedPredictionLoop(PredictionLoop):
             padded_elements=self._buckets.padded,
             real_elements=self._buckets.real,
         )
+        return (counters, tuner.depths, tuner.summary()) if tuner is not None else (counters, None, ())
 
     # The step on the device
 

@@ -1,9 +1,10 @@
 """A report as rich draws it: `rich.print(render(report))`."""
 
+from io import StringIO
 from operator import itemgetter
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +36,13 @@ def render(report: Report) -> RenderableType:
     )
 
 
+def to_html(report: Report) -> str:
+    """The same panel as a piece of HTML."""
+    console = Console(file=StringIO(), record=True, width=120, force_jupyter=False)
+    console.print(render(report))
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
+
+
 def _table(*columns: str) -> Table:
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[1:]:
@@ -45,6 +53,8 @@ def _table(*columns: str) -> Table:
 def _overview(report: Report) -> list[str]:
     device, counters = report.device, report.counters
     lines = [f"{report.batches} batches in {report.seconds:.3f} s, {report.throughput:.1f} per second"]
+    if report.error:
+        lines.append(f"The run was ended early by {report.error}")
     if report.truncated:
         lines.append("Only this last part of the run was recorded: a trace keeps the newest spans of each thread.")
     if device is None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
+from importlib import import_module
 from typing import Any
 
 from lightning_hpu_infer.observer import Lane, Stage
@@ -118,6 +119,8 @@ class Report:
     """What `pipelining="auto"` tried, what came of it, and what it ended with."""
     truncated: bool = False
     """Whether only the last part of the run was recorded. The counters are about the whole run even then."""
+    error: str = ""
+    """What ended the run before its last batch, if anything did."""
 
     @property
     def throughput(self) -> float:
@@ -144,6 +147,12 @@ class Report:
         if cause is not None:
             idle = f", idle {'mostly' if cause == self.causes[0] else 'in part'} for {label_of(cause.stage)}"
         return f"{self.verdict.value}{severity}: device busy {self.efficiency:.0%}{idle}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        # By its name: the module that draws reports imports this one.
+        html: str = import_module("lightning_hpu_infer.observe.render").to_html(self)
+        return html
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, with `throughput` and `efficiency`, as values that `json` can write."""

@@ -2,11 +2,12 @@
 
 import os
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -22,9 +23,13 @@ from lightning_hpu_infer.observer import Lane, Stage
 _LANES = {"compute": Lane.DEVICE, "h2d": Lane.H2D, "d2h": Lane.D2H}
 _STAGES = {Lane.DEVICE: Stage.DEVICE, Lane.H2D: Stage.H2D, Lane.D2H: Stage.D2H}
 
+Totals: TypeAlias = tuple[Counters, tuple[int, int] | None, Sequence[str]]
+"""What spans do not show of a run; `prefetch` and `in_flight` in the end, if they were not fixed; and what was tried to
+find these, in words."""
+
 
 class TracedRun:
-    """Records one run on all of its lanes.
+    """Records one run on all of its lanes. However it ends, its report is the accelerator's then, and in the folder.
 
     The device's own lanes come from the emulator. On hardware the HPU profiler has them: give its trace to
     `python -m lightning_hpu_infer diagnose`.
@@ -32,12 +37,14 @@ class TracedRun:
     Args:
         config: The flags of the run. `trace` is the folder to write to.
         trainer: Whose run it is.
+        totals: Called when the run has ended.
     """
 
-    def __init__(self, config: InferenceConfig, trainer: Any) -> None:
+    def __init__(self, config: InferenceConfig, trainer: Any, totals: Callable[[], Totals]) -> None:
         self.trace = Trace()
         self._config = config
         self._trainer = trainer
+        self._totals = totals
         self._on_hpu = trainer.strategy.root_device.type == _habana.DEVICE_TYPE
         self.spans: list[Span] = []
 
@@ -46,29 +53,26 @@ class TracedRun:
             _habana.start_timeline()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._on_hpu:
-            _habana.stop_timeline()
-
-    def conclude(self, counters: Counters, depths: tuple[int, int] | None, tuning: Sequence[str]) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         """End the recording, leave the report with the accelerator, and write both to the folder.
 
-        Whatever fails is a warning: predictions that may have taken hours are not lost for a full disk.
-
-        Args:
-            counters: What spans do not show.
-            depths: `prefetch` and `in_flight` in the end, if they were not fixed.
-            tuning: What was tried to find them, in words.
+        Whatever fails is said only: neither are predictions that may have taken hours lost for a full disk, nor the
+        error that ended the run.
         """
         try:
-            report = self.finish(counters, depths, tuning)
+            report = self.finish(*self._totals())
             if report is not None:
+                report = replace(report, error=f"{type(error).__name__}: {error}" if error is not None else "")
                 self._trainer.accelerator.report = report
                 folder = Path(self._config.trace or "")
                 ranks = self._trainer.world_size
                 self.write(report, folder / f"rank{self._trainer.global_rank}" if ranks > 1 else folder)
-        except Exception as error:
-            rank_zero_warn(f"The trace of this run could not be written to {self._config.trace}: {error!r}")
+        except Exception as problem:
+            say = rank_zero_warn if error is None else rank_zero_info  # a warning may be an error, and hide the other
+            say(f"The trace of this run could not be written to {self._config.trace}: {problem!r}")
+        finally:
+            if self._on_hpu:
+                _habana.stop_timeline()
 
     def finish(
         self, counters: Counters, depths: tuple[int, int] | None = None, tuning: Sequence[str] = ()
@@ -107,21 +111,28 @@ class TracedRun:
     def write(self, report: Report, folder: Path) -> None:
         """Write `trace.json` for Perfetto, `report.json`, and the timeline as `timeline.png` and `timeline.svg`.
 
+        Each file is complete from when it has its name.
+
         Raises:
             OSError: If the folder cannot be written to.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        chrome.write(self.spans, folder / "trace.json", {"report": report.as_dict()})
-        (folder / "report.json").write_text(report.to_json())
+        with _whole(folder / "trace.json") as path:
+            chrome.write(self.spans, path, {"report": report.as_dict()})
+        with _whole(folder / "report.json") as path:
+            path.write_text(report.to_json())
+        picture = ""
         if find_spec("matplotlib") is None:
             rank_zero_warn("There is no timeline picture without matplotlib: pip install lightning-hpu-infer[plots]")
         else:
             from lightning_hpu_infer.observe import timeline as plots
 
             for suffix in ("png", "svg"):
-                plots.timeline(self.spans, folder / f"timeline.{suffix}", title=report.summary)
+                with _whole(folder / f"timeline.{suffix}") as path:
+                    plots.timeline(self.spans, path, title=report.summary)
+            picture = ", timeline.png"
         rank_zero_info(
-            f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), timeline.png."
+            f"{report.summary}\n{report.advice}\nSee {folder}: trace.json (for ui.perfetto.dev), report.json{picture}."
         )
 
     def _as_it_ran(self, depths: tuple[int, int] | None, *, threaded: bool) -> InferenceConfig:
@@ -129,6 +140,17 @@ class TracedRun:
         config, device = self._config, self._trainer.strategy.root_device
         prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight_depth(device.type))
         return replace(config, prefetch=prefetch if threaded else 0, in_flight=in_flight)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which becomes `path` in one step if that went well."""
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _device_spans(recorded: list[Any], host: list[Span]) -> list[Span]:

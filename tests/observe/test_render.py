@@ -1,5 +1,7 @@
 """A report as a terminal shows it."""
 
+from html import unescape
+
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters
 from tests.observe.simulate import ON, S, Times, pipelined, printed, stock
@@ -24,6 +26,16 @@ def test_a_report_is_printed() -> None:
         "Next: Raise `num_workers`",
     ):
         assert part in text, part
+
+
+def test_a_notebook_shows_the_same_panel() -> None:
+    report = analyse(stock(4, Times({S.DEVICE: 5})), measured_on="<b>x & y</b>")
+    html = report._repr_html_()
+    assert html.startswith("<pre")
+    assert html.rstrip().endswith("</pre>")
+    assert report.advice.split(".")[0] in unescape(html)
+    assert "<b>" not in html
+    assert "&lt;b&gt;x &amp; y" in html
 
 
 def test_the_name_of_a_foreign_device_is_no_markup() -> None:

@@ -1,6 +1,7 @@
 """`trace=`: spans of every stage of every batch, and what a run leaves behind."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
-from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observe import chrome, run
 from lightning_hpu_infer.observe.report import Report
 from lightning_hpu_infer.observe.spans import Span
 from lightning_hpu_infer.observer import Lane, Stage
 from tests.helpers import ALL_OFF, Broken, BrokenStep, HookLog, Net, Writer, assert_equal, predict, rows, trainer
+from tests.observe.simulate import printed
 
 BATCHES = 6
 FILES = {"trace.json", "report.json", "timeline.png", "timeline.svg"}
@@ -146,15 +148,71 @@ def test_a_trace_changes_no_hook_and_no_writer(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("emulated")
-def test_rule_11_a_run_that_fails_leaves_no_files_and_the_next_one_does(tmp_path: Path) -> None:
-    accelerator = HPUInferenceAccelerator(trace=tmp_path / "new")
+@pytest.mark.parametrize("flags", [{}, ALL_OFF, {"pipelining": "auto"}], ids=str)
+def test_rule_11_a_run_that_fails_keeps_its_trace_and_says_so(flags: dict[str, Any], tmp_path: Path) -> None:
+    accelerator = HPUInferenceAccelerator(trace=tmp_path / "new", **flags)
     ours = trainer(accelerator)
     with pytest.raises(Broken):
         ours.predict(BrokenStep(), rows(20, 2))
-    assert not (tmp_path / "new").exists()
-    assert accelerator.report is None
-    ours.predict(Net(), rows(4, 2))
     assert {path.name for path in (tmp_path / "new").iterdir()} == FILES
+    report = Report.from_json((tmp_path / "new" / "report.json").read_text())
+    assert accelerator.report == report
+    assert (report.batches, report.error) == (5, "Broken: step 4")
+    assert (report.counters.captures > 0) == (flags != ALL_OFF)
+    assert "ended early by Broken: step 4" in printed(report)
+    spans, _ = chrome.read(tmp_path / "new" / "trace.json")
+    assert [span.batch for span in spans if span.stage == Stage.LAUNCH] == list(range(5))
+    ours.predict(Net(), rows(4, 2))
+    assert accelerator.report.batches == 2
+    assert accelerator.report.error == ""
+
+
+@pytest.mark.usefixtures("emulated")
+def test_rule_11_a_run_that_fails_is_remembered_for_its_error_and_not_for_the_disks(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(Broken):
+        predict(HPUInferenceAccelerator(trace=file), BrokenStep(), rows(20, 2))
+
+
+def test_rule_11_a_run_that_fails_before_its_first_batch_has_no_report(tmp_path: Path) -> None:
+    class Empty(Net):
+        def on_predict_start(self) -> None:
+            raise Broken("start")
+
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    with pytest.raises(Broken):
+        predict(accelerator, Empty(), rows(4, 2))
+    assert accelerator.report is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_is_named_only_if_it_was_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    predict(HPUInferenceAccelerator(trace=tmp_path / "drawn"), Net(), rows(4, 2))
+    assert "drawn: trace.json (for ui.perfetto.dev), report.json, timeline.png." in caplog.text
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="There is no timeline picture without matplotlib"):
+        predict(HPUInferenceAccelerator(trace=tmp_path / "bare"), Net(), rows(4, 2))
+    assert "bare: trace.json (for ui.perfetto.dev), report.json.\n" in caplog.text
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {"trace.json", "report.json"}
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = HPUInferenceAccelerator(trace=tmp_path)
+    predict(accelerator, Net(), rows(4, 2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(spans: Any, path: Path, about: Any) -> None:
+        path.write_text('{"traceEvents": [')
+        raise OSError("disk full")
+
+    monkeypatch.setattr(chrome, "write", half)
+    with pytest.warns(UserWarning, match="could not be written to .*disk full"):
+        predict(accelerator, Net(), rows(8, 2))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_predictions_outlive_a_trace_that_cannot_be_written(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_advice_rests_on_what_really_ran(
 def test_advice_rests_on_the_depths_that_a_run_ended_with(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[InferenceConfig] = []
     monkeypatch.setattr(tracing, "analyse", lambda spans, config, **_: asked.append(config))
-    traced = tracing.TracedRun(InferenceConfig(pipelining="auto"), Trainer(accelerator="cpu", logger=False))
+    traced = tracing.TracedRun(
+        InferenceConfig(pipelining="auto"), Trainer(accelerator="cpu", logger=False), lambda: (Counters(), None, ())
+    )
     traced.trace.wrap(S.FETCH, int, Lane.PREFETCH)()
     traced.trace.at(0)
     traced.trace.timed(S.LAUNCH, int)
