@@ -22,7 +22,7 @@ from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.source import host_batches, may_reuse_memory, warmed_up
-from lightning_hpu_infer.transfer import PendingOutput, PinnedBuffers, pin, to_host
+from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 
 
@@ -42,7 +42,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     _hooks: BatchHooks
     _observer: Observer
     _tuner: DepthTuner | None
-    _output_buffers: PinnedBuffers | None
+    _async_outputs: AsyncOutputs | None
     _reordered: list[Reordered]
 
     @classmethod
@@ -83,7 +83,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         depth = self._prefetch_depth()
         self._observer, self._tuner = trace, None
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, observer=trace)
-        self._output_buffers = PinnedBuffers() if self.config.async_output else None
+        self._async_outputs = AsyncOutputs() if self.config.async_output else None
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
@@ -92,7 +92,7 @@ class PipelinedPredictionLoop(PredictionLoop):
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
-            del self._hooks, self._observer, self._output_buffers
+            del self._hooks, self._observer, self._async_outputs
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Prefetcher[Batch]) -> None:
@@ -150,8 +150,9 @@ class PipelinedPredictionLoop(PredictionLoop):
         return PendingOutput(
             output,
             self.trainer.strategy.root_device,
-            fetch=fetch,
-            buffers=self._output_buffers,
+            # On the CPU an output is complete, and if it is taken before the next step, as it is in stock Lightning.
+            fetch=fetch and (self._on_hpu or self._tuner is not None or bool(self.config.in_flight)),
+            asynchronous=self._async_outputs,
             observer=self._observer,
             batch=batch.index,
         )
@@ -211,8 +212,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     def _fetched(self, batch: Batch, output: Any) -> Any:
         if self._observer.records and not self.config.pipelining:
             # Pipelined, outputs are fetched when they are retired.
-            device = self.trainer.strategy.root_device
-            return PendingOutput(output, device, observer=self._observer, batch=batch.index).result()
+            return fetch(output, self.trainer.strategy.root_device, self._observer, batch.index)
         return to_host(output)
 
     # What a run is made of
@@ -248,9 +248,13 @@ class PipelinedPredictionLoop(PredictionLoop):
         return super().on_run_end()
 
     @property
+    def _on_hpu(self) -> bool:
+        return bool(self.trainer.strategy.root_device.type == _habana.DEVICE_TYPE)
+
+    @property
     def _pins(self) -> bool:
         """Whether inputs go through pinned memory."""
-        return self.config.async_copy and bool(self.trainer.strategy.root_device.type == _habana.DEVICE_TYPE)
+        return self.config.async_copy and self._on_hpu
 
     def _prefetch_depth(self) -> int:
         """Batches to prepare ahead: none where the step changes torch's default dtype, which is process-wide.

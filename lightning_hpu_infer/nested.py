@@ -57,20 +57,32 @@ def size_of(data: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors_in(data))
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], data: Any, leaf: Callable[[Any], bool] | None = None) -> Any:
-    """Nested collections with other tensors.
+def map_tensors(
+    function: Callable[[Tensor], Tensor],
+    data: Any,
+    leaf: Callable[[Any], bool] | None = None,
+    *,
+    copies: bool = False,
+) -> Any:
+    """Nested collections with other tensors; see `map_leaves`. Every other object stays as it is, leaves too."""
+    return map_leaves(lambda part: function(part) if isinstance(part, Tensor) else part, data, leaf, copies=copies)
 
-    A collection in which nothing changes is returned itself, and so is every other object.
+
+def map_leaves(
+    function: Callable[[Any], Any], data: Any, leaf: Callable[[Any], bool] | None = None, *, copies: bool = False
+) -> Any:
+    """Nested collections with other tensors, and other objects in place of those that `leaf` tells.
 
     Args:
-        function: Gives the tensor to use in place of a tensor, or that tensor.
-        data: Any object.
-        leaf: Tells objects that are left as they are, collections or not.
+        function: Gives what to use in place of a tensor or leaf, or that itself.
+        data: Any object. Those that are neither a leaf nor a collection that this module knows stay as they are.
+        leaf: Tells objects, collections or not, that are given to `function` instead of walked.
+        copies: Whether all collections are new ones. Otherwise one in which nothing changes is returned itself.
     """
-    if isinstance(data, Tensor):
+    if isinstance(data, Tensor) or (leaf is not None and leaf(data)):
         return function(data)
-    if not (parts := parts_of(data)) or (leaf is not None and leaf(data)):
+    if (parts := parts_of(data)) is None or not (parts or copies):
         return data
-    mapped = {name: map_tensors(function, part, leaf) for name, part in parts.items()}
-    changed = any(mapped[name] is not part for name, part in parts.items())
+    mapped = {name: map_leaves(function, part, leaf, copies=copies) for name, part in parts.items()}
+    changed = copies or any(mapped[name] is not part for name, part in parts.items())
     return with_parts(data, mapped) if changed else data

@@ -13,7 +13,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.transfer import PendingOutput, PinnedBuffers, pin
+from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class InferencePipeline:
             step = self._attached.enter_context(graphs.attached(model))
         self._step = DeviceStep(step, self.device)
         self._depth = self.config.in_flight_depth(self.device.type)
-        self._output_buffers = PinnedBuffers() if self.config.pipelining and self.config.async_output else None
+        self._async_outputs = AsyncOutputs() if self.config.pipelining and self.config.async_output else None
         self._pushed = InFlight(self._launch, self._depth)
         self._closed = False
 
@@ -185,7 +185,7 @@ class InferencePipeline:
             raise RuntimeError("This pipeline is closed: make another one.")
         with torch.inference_mode():
             output = self._step(move_data_to_device(batch, self.device))
-            return PendingOutput(output, self.device, buffers=self._output_buffers)
+            return PendingOutput(output, self.device, asynchronous=self._async_outputs)
 
     def _retire(self, in_flight: InFlight[Any]) -> Any:
         with torch.inference_mode():

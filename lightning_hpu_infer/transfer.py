@@ -1,24 +1,39 @@
 """Copies between host and device, in both directions: inputs that nobody waits for, outputs that are complete."""
 
-from collections import UserDict, deque
+from collections import Counter, UserDict, deque
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.nested import map_tensors, tensors_in
+from lightning_hpu_infer.nested import map_leaves, map_tensors
 from lightning_hpu_infer.observer import Observer, Stage
 
 _HOST = torch.device("cpu")
 
 
 def to_host(data: Any) -> Any:
-    """Move a collection to the host as Lightning does, but without its walk where there is one tensor only."""
-    return data.cpu() if type(data) is Tensor else move_data_to_device(data, _HOST)
+    """Move a collection to the host as Lightning does, in new containers, but of whatever kind they are.
+
+    Lightning builds each anew by its constructor, which not every class can do (2.6 `apply_func.py`).
+    """
+    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=_moves_itself, copies=True)
+
+
+def fetch(data: Any, device: torch.device, observer: Observer, batch: int | None) -> Any:
+    """Move what a step on `device` returned to the host, as `to_host` does, and tell waiting from copying."""
+    observer.at(batch)
+    if device.type == _habana.DEVICE_TYPE:
+        observer.timed(Stage.WAIT_OUTPUT, _habana.record_event().synchronize)
+    return observer.timed(Stage.COPY_OUT, to_host, data)
+
+
+def _leaf_to_host(leaf: Any) -> Any:
+    return leaf.cpu() if isinstance(leaf, Tensor) else move_data_to_device(leaf, _HOST)
 
 
 def clone(data: Any) -> Any:
@@ -80,21 +95,97 @@ class PinnedBuffers:
         self._free.append(buffer)
 
 
+class AsyncOutputs:
+    """Copies of outputs to pinned memory that nobody waits for, of one run. Main thread only.
+
+    In lazy mode the bridge may keep an output of rank 2 or more in another order of dimensions than it shows. A copy
+    that is waited for puts it in order. One that is not brings the bytes as they lie; the error that says so surfaces
+    in a later call, or not at all if another copy follows (bridge 1.19 `hpu_habana_launch_op_pt.cpp`,
+    `permute_tensors.cpp`, `lazy_kernels.cpp`). Outputs of rank 1 are never kept so: what is copied without waiting is
+    a flat clone. The first copies of each kind are compared with a copy that is waited for.
+    """
+
+    VERIFIED = 2
+    """Copies per dtype and rank that are compared."""
+
+    def __init__(self) -> None:
+        self.usable = True
+        """Whether copies arrived as they should so far."""
+        self._buffers = PinnedBuffers()
+        self._verified: Counter[tuple[torch.dtype, int]] = Counter()
+
+    def can_copy(self, tensor: Tensor) -> bool:
+        """Whether a tensor can be copied without waiting; the bridge waits where it converts on the host."""
+        return (
+            self.usable
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and tensor.numel() > 0
+            and not _habana.cast_on_host(tensor.dtype)
+        )
+
+    def snapshot(self, tensor: Tensor) -> Tensor:
+        """A copy on the device that can be copied to the host without waiting."""
+        return (tensor.flatten() if _habana.is_lazy() else tensor).clone()
+
+    def start(self, snapshot: Tensor) -> Tensor:
+        """Enqueue the copy of a snapshot; returns the buffer, which is filled once a later event is done."""
+        buffer = self._buffers.take(snapshot)
+        buffer.copy_(snapshot, non_blocking=True)
+        return buffer
+
+    def take(self, buffer: Tensor, snapshot: Tensor, shape: torch.Size) -> Tensor:
+        """The copy in a buffer that is filled, in memory of its own, of the shape of the output."""
+        # Whoever gets the output may keep it.
+        value = buffer.clone()
+        self._buffers.give_back(buffer)
+        kind = (snapshot.dtype, len(shape))
+        if self.usable and self._verified[kind] < self.VERIFIED:
+            self._verified[kind] += 1
+            if not _equal_bytes(value, snapshot.cpu()):
+                self.give_up(f"an output of {snapshot.dtype} and shape {tuple(shape)} arrived with other values")
+        return (value if self.usable else snapshot.cpu()).view(shape)
+
+    def give_up(self, reason: str) -> None:
+        """Copy no more without waiting, and say so."""
+        self.usable = False
+        rank_zero_warn(
+            f"Copying outputs to the host without waiting went wrong ({reason}), so the rest of this run waits for each"
+            " copy. No prediction is affected. Pass `async_output=False`, and please report it with what `python -m"
+            " lightning_hpu_infer verify` writes."
+        )
+
+
+def _equal_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+
+class _Copy(NamedTuple):
+    """The copy of one tensor of an output, under way."""
+
+    snapshot: Tensor
+    shape: torch.Size
+    buffer: Tensor
+
+
 class PendingOutput:
     """What a step returned, while the device may still be computing it. Main thread only.
+
+    Tensors and containers are copied when this is made, on the device, since the step may return memory or a container
+    that a later step fills again.
 
     The copy to the host is blocking and late by design: a blocking copy waits for its own producer only, so a later
     batch that was launched already keeps the device busy meanwhile, whereas a non-blocking copy to the host may be
     read too early (bridge 1.19 `device.cpp`, and Lightning's issue #11287: zeros in written predictions).
 
-    With `buffers` a copy is enqueued at once instead, and runs beside later work of the device and of the host. As its
-    destination is pinned, an event says when it may be read.
+    With `asynchronous` a copy is enqueued at once instead, and runs beside later work of the device and of the host. As
+    its destination is pinned, an event says when it may be read.
 
     Args:
-        output: Any collection, tensors of it on any device. No graph may write them again.
+        output: Any collection, tensors of it on any device.
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
-        buffers: Where to copy to without waiting. What the bridge can only copy and wait is still copied late.
+        asynchronous: Copies that need no wait. What the bridge can only copy and wait is still copied late.
         observer: Observes the wait and the copy.
         batch: The batch's index, for the observer.
     """
@@ -105,81 +196,76 @@ class PendingOutput:
         device: torch.device,
         *,
         fetch: bool = True,
-        buffers: PinnedBuffers | None = None,
+        asynchronous: AsyncOutputs | None = None,
         observer: Observer | None = None,
         batch: int | None = None,
     ) -> None:
-        tensors = list(tensors_in(output))
-        on_hpu = device.type == _habana.DEVICE_TYPE
-        self._output = output
-        self._versions: list[tuple[Tensor, int]] = []
-        if not torch.is_inference_mode_enabled():
-            self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        elif not all(tensor.is_inference() for tensor in tensors):
-            # Nothing that was computed just now: a buffer or a weight, which a later step may overwrite.
-            self._output = map_tensors(_clone_unless_inference, output)
-        self._fetch = on_hpu and fetch and any(tensor.device.type == device.type for tensor in tensors)
-        self._buffers = buffers
-        self._copies: dict[int, Tensor] = {}
-        if self._fetch and buffers is not None:
-            for tensor in tensors_in(self._output):
-                if tensor.device.type == device.type and id(tensor) not in self._copies:
-                    self._start_copy(tensor, buffers)
+        self._on_hpu = device.type == _habana.DEVICE_TYPE
+        self._fetch = fetch
+        self._asynchronous = asynchronous
+        self._copies: dict[int, _Copy] = {}
         self._observer = observer or Observer()
         self._batch = batch
-        self._event = None
-        if on_hpu and (self._observer.records or self._copies or not self._fetch):
-            # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
-            self._event = _habana.record_event()
+        self._event: Any = None
+        self._output: Any = None
+        try:
+            self._start(output)
+        except RuntimeError as error:
+            self.drop()
+            if asynchronous is None or not asynchronous.usable or "non_blocking" not in str(error):
+                raise
+            asynchronous.give_up(str(error).splitlines()[0])
+            self._start(output)
 
     def result(self) -> Any:
-        """Wait until the output is complete and return it with host tensors; unmoved if `fetch` was False.
-
-        Raises:
-            RuntimeError: If a tensor was overwritten in place since it was returned.
-        """
-        if any(tensor._version != version for tensor, version in self._versions):
-            raise RuntimeError(
-                "A tensor that `predict_step` returned was overwritten in place before it was fetched, so its values"
-                " are lost. Return a `.clone()` of it, or pass `pipelining=False`."
-            )
+        """Wait until the output is complete and return it with host tensors; unmoved if `fetch` was False."""
         self._observer.at(self._batch)
         if self._event is not None:
             self._observer.timed(Stage.WAIT_OUTPUT, self._event.synchronize)
         if not self._fetch:
             return self._output
-        try:
-            return self._observer.timed(Stage.COPY_OUT, self._move, self._output)
-        except (ValueError, MisconfigurationException):
-            # A frozen dataclass cannot be moved. Hooks get it as stock Lightning's do; storing it raises there too.
-            return self._output
+        return self._observer.timed(Stage.COPY_OUT, self._move, self._output)
 
     def drop(self) -> None:
         """Give the output up, without freeing memory that the device still writes to."""
-        if self._copies and self._event is not None:
-            self._event.synchronize()
+        if self._copies:
+            with suppress(RuntimeError):  # of work whose result nobody wants
+                _habana.synchronize() if self._event is None else self._event.synchronize()
             self._copies.clear()
 
-    def _start_copy(self, tensor: Tensor, buffers: PinnedBuffers) -> None:
-        if tensor.is_sparse or not tensor.is_contiguous() or not tensor.numel() or _habana.cast_on_host(tensor.dtype):
-            return
-        buffer = buffers.take(tensor)
-        # The output of a convolution that no graph has cloned is kept permuted (bridge 1.19 `permute_tensors.cpp`).
-        with suppress(RuntimeError):
-            self._copies[id(tensor)] = buffer.copy_(tensor, non_blocking=True)
+    def _start(self, output: Any) -> None:
+        self._output = self._snapshots(output) if self._fetch else output
+        if self._on_hpu and (self._observer.records or self._copies or not self._fetch):
+            # Without a copy that waits, only an event bounds how far the host can run ahead of the device.
+            self._event = _habana.record_event()
+
+    def _snapshots(self, output: Any) -> Any:
+        """The output in new containers, with copies of its tensors, whose copies to the host are enqueued."""
+        flat: list[tuple[Tensor, torch.Size]] = []
+        asynchronous = self._asynchronous
+
+        def snapshot(tensor: Tensor) -> Tensor:
+            if tensor.device.type != _habana.DEVICE_TYPE or asynchronous is None or not asynchronous.can_copy(tensor):
+                return tensor.clone()
+            flat.append((asynchronous.snapshot(tensor), tensor.shape))
+            return flat[-1][0]
+
+        output = map_tensors(snapshot, output, copies=True)
+        if self._on_hpu:
+            # Not with the next step: its end would be waited for.
+            _habana.mark_step()
+        if asynchronous is not None:
+            for copy, shape in flat:
+                self._copies[id(copy)] = _Copy(copy, shape, asynchronous.start(copy))
+        return output
 
     def _move(self, output: Any) -> Any:
-        if self._copies and self._buffers is not None:
-            output = map_tensors(self._copied, output)
-            for buffer in self._copies.values():
-                self._buffers.give_back(buffer)
-            self._copies.clear()
-        return move_data_to_device(output, _HOST)
+        output = to_host(map_tensors(self._copied, output))
+        self._copies.clear()
+        return output
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        # Whoever gets the output may keep it.
-        return self._copies[id(tensor)].clone() if id(tensor) in self._copies else tensor
-
-
-def _clone_unless_inference(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_inference() else tensor.clone()
+        copy = self._copies.get(id(tensor))
+        if copy is None or self._asynchronous is None:
+            return tensor
+        return self._asynchronous.take(copy.buffer, copy.snapshot, copy.shape)

@@ -19,6 +19,11 @@ aten = torch.ops.aten
 LATE_READ_BYTES = 1 << 20
 """PT_HPU_H2D_COPY_MIN_TENSOR_SIZE: from here on lazy mode reads a pageable source after the call has returned
 (bridge: device.cpp:1282-1297, env_flags.yaml:477-485)."""
+_PERMUTED = (
+    "handlePermutedTensor we only support non_blocking = false: an output of rank 2 or more may be kept permuted; copy"
+    " it with non_blocking=False, or as a tensor of rank 1"
+)
+"""bridge: habana_lazy/permute_tensors.cpp:137-142. It is raised when the bytes are under way already."""
 _NARROW = {torch.int64: torch.int32, torch.float64: torch.float32}
 
 
@@ -39,6 +44,8 @@ def host_to_device(rt: Runtime, dst: HpuTensor, src: torch.Tensor, *, non_blocki
         src, temporary = src.to(spec.dtype).expand(spec.size).contiguous(), True
     is_pinned = is_pinned and not temporary
     late = is_pinned or (rt.config.lazy and nbytes >= LATE_READ_BYTES)
+    if spec is storage.spec:
+        storage.permuted = False
     if non_blocking and not late and not temporary:
         src = src.clone()
     whole = spec is storage.spec
@@ -86,19 +93,20 @@ def _narrow(src: torch.Tensor) -> torch.Tensor:
 def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocking: bool, cause: str) -> None:
     """Copy `src` into `dst`; waits for the producer of `src` only, not for what was queued behind it."""
     rt.note_host_work()
-    # Everything pending is launched, not only what `src` depends on (bridge: lazy_kernels.cpp:694-708).
-    if rt.is_pending(src._cell.storage):
-        rt.flush(cause)
-    storage, spec = src._cell.storage, src._spec
-    nbytes = spec.numel * spec.dtype.itemsize
+    spec = src._spec
     if spec.dtype in _NARROW or dst.dtype is not spec.dtype:
         non_blocking = False  # bridge: basic_kernels.cpp:245-261
-    if non_blocking and rt.config.lazy and storage.permuted:
-        # bridge: habana_lazy/permute_tensors.cpp:137-142
-        raise RuntimeError(
-            "handlePermutedTensor we only support non_blocking = false: the output of a convolution is kept permuted;"
-            " copy it with non_blocking=False, or clone() it first"
-        )
+    # In lazy mode such a copy is a job of the launch thread (bridge: lazy_kernels.cpp:833-873).
+    queued = non_blocking and rt.has_queued_launch and pinned.is_pinned(dst)
+    # Everything pending is launched, not only what `src` depends on (bridge: lazy_kernels.cpp:694-708).
+    if rt.is_pending(src._cell.storage):
+        rt.flush(cause, join=not queued)
+    elif not queued:
+        rt.join_launches()
+    storage = src._cell.storage
+    nbytes = spec.numel * spec.dtype.itemsize
+    # A view of rank 2 is written out by a program, whose output may be permuted as well.
+    permuted = rt.config.lazy and len(spec.size) > 1 and (storage.permuted or spec is not storage.spec)
     engine = rt.engine("d2h")
     rt.counters.add("d2h_copies")
     rt.counters.add("d2h_bytes", nbytes)
@@ -106,7 +114,10 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
 
     def read(target: torch.Tensor) -> None:
         start = time.perf_counter()
-        target.copy_(spec.view(storage.read()))
+        value = spec.view(storage.read())
+        if permuted and non_blocking:  # as the bytes lie; a blocking copy puts them in order
+            value = value.permute(*reversed(range(value.dim()))).reshape(spec.size)
+        target.copy_(value)
         if rt.config.d2h_gbps:
             sleep_until(start + nbytes / rt.config.d2h_gbps * 1e-9)
 
@@ -115,6 +126,9 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
         rt.wait(engine.submit(Task(lambda: read(target), kind="copy", nbytes=nbytes), [storage]))
         return
     poison(target, loud=True)
+    error = RuntimeError(_PERMUTED) if permuted else None
+    if queued:
+        rt.queue_launch(error)
     if pinned.is_pinned(dst):
 
         def write() -> None:
@@ -125,6 +139,8 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
                 raise
 
         engine.submit(Task(write, kind="copy", nbytes=nbytes), [storage])
+        if error is not None and not queued:
+            raise error
         return
     # A pageable destination is filled by a host thread some time after the device is done, so that even a
     # synchronized event does not mean that it can be read (bridge: device.cpp:1432-1504, stream.cpp:76-108).
@@ -137,6 +153,8 @@ def device_to_host(rt: Runtime, dst: torch.Tensor, src: HpuTensor, *, non_blocki
             target.copy_(staging)
 
     rt.d2h_host.submit(Task(unstage))
+    if error is not None:
+        raise error
 
 
 def _copy_(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

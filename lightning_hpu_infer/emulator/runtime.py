@@ -20,6 +20,8 @@ from lightning_hpu_infer.emulator.storage import Cell, Memory, Storage
 from lightning_hpu_infer.emulator.task import Task
 from lightning_hpu_infer.emulator.timeline import Timeline
 
+_UNJOINED = ("", "mark_step", "replay", "stream_switch")
+"""Causes of a flush that leave the launch to the launch thread (bridge: hpu_lazy_tensors.cpp:1648-1662)."""
 
 
 class CaptureState:
@@ -63,6 +65,10 @@ class Runtime:
         self.unreported: BaseException | None = None
         self.uncopied: BaseException | None = None
         """The error of an asynchronous copy to the host, for the next event that is waited for."""
+        self.has_queued_launch = False
+        """Whether the launch thread of lazy mode was given a job that nobody has waited for."""
+        self.launch_error: BaseException | None = None
+        """What the newest job of the launch thread raised; the next job replaces it (bridge: lazy_kernels.cpp:870)."""
 
     # Queues
 
@@ -142,8 +148,30 @@ class Runtime:
         """Tell whether an op that was not launched reads or writes `storage`."""
         return storage in self.queue.registers
 
-    def flush(self, cause: str) -> None:
-        """Launch what is queued; `cause` is counted if that is anything."""
+    def flush(self, cause: str, *, join: bool | None = None) -> None:
+        """Launch what is queued; `cause` is counted if that is anything.
+
+        Args:
+            cause: What asked for it.
+            join: Whether to wait for the launch thread, which raises what its newest job raised. By default all do but
+                step markers and replays.
+        """
+        self._launch_queue(cause)
+        if cause not in _UNJOINED if join is None else join:
+            self.join_launches()
+
+    def join_launches(self) -> None:
+        """Wait for the launch thread, as most device calls do (bridge: lazy_executor.cpp:97-120)."""
+        error, self.launch_error, self.has_queued_launch = self.launch_error, None, False
+        if error is not None:
+            raise error.with_traceback(None)
+
+    def queue_launch(self, error: BaseException | None = None) -> None:
+        """Note that the launch thread got a job, whose error takes the place of that of the job before."""
+        if self.config.lazy:
+            self.has_queued_launch, self.launch_error = True, error
+
+    def _launch_queue(self, cause: str) -> None:
         with self.lock:
             queue = self.queue
             if not queue.steps:
@@ -175,6 +203,11 @@ class Runtime:
         reads = [storage for register in program.inputs if (storage := env[register]) is not None]
         written = (*program.outputs, *program.mutated)
         writes = [storage for register in written if (storage := env[register]) is not None]
+        for register in program.outputs:
+            if (storage := env[register]) is not None:
+                # The device may keep them in any order of dimensions (bridge: hpu_habana_launch_op_pt.cpp:2117-2150).
+                storage.permuted = self.config.lazy and len(storage.spec.size) > 1
+        self.queue_launch()
         task = Task(lambda: self._run(program, env, single), kind="compute")
         return self.engine("compute").submit(task, reads, writes)
 

@@ -36,7 +36,6 @@ _WHOLE = frozenset(
 _INDEXING = frozenset(
     {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 )
-_CONVOLUTIONS = frozenset({aten.convolution.default, aten.conv1d.default, aten.conv2d.default})
 
 
 class HpuTensor(torch.Tensor):
@@ -205,8 +204,6 @@ def run(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, 
         if key:
             rt.plans[tuple(key)] = plan
     made = rt.enqueue(plan, [tensor._cell for tensor in tensors]) if plan.runs else []
-    if func in _CONVOLUTIONS:
-        made[0].storage.permuted = True
     return _present(plan, made, tensors)
 
 

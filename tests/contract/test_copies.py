@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -143,13 +145,88 @@ def test_64_bit_device_to_host_copies_always_block() -> None:
     assert values.tolist() == [1, 2, 3, 4]
 
 
+PERMUTED = "handlePermutedTensor we only support non_blocking = false"
+
+
+def _launched(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """Outputs of a program that was launched by a step marker, which nobody has waited for."""
+    import habana_frameworks.torch.core as htcore
+
+    outputs = [torch.arange(float(math.prod(shape)), device="hpu").reshape(shape) * 1 for shape in shapes]
+    hpu().synchronize()
+    outputs = [output + 1 for output in outputs]
+    htcore.mark_step()
+    return outputs
+
+
+def _copied(source: torch.Tensor) -> torch.Tensor:
+    return torch.empty(source.shape).pin_memory("hpu").copy_(source, non_blocking=True)
+
+
 @pytest.mark.usefixtures("emulated")
-def test_convolution_outputs_cannot_be_copied_asynchronously() -> None:
-    with torch.no_grad():
-        out = torch.nn.Conv2d(1, 1, 1).to("hpu")(torch.ones(1, 1, 2, 2, device="hpu"))
-    with pytest.raises(RuntimeError, match="handlePermutedTensor we only support non_blocking = false"):
-        out.to("cpu", non_blocking=True)
-    assert out.cpu().shape == (1, 1, 2, 2)
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3), (2, 3, 4, 4)])
+def test_a_permuted_output_arrives_as_it_lies_and_the_next_join_says_so(shape: tuple[int, ...]) -> None:
+    (output,) = _launched(shape)
+    found = _copied(output)
+    with pytest.raises(RuntimeError, match=PERMUTED):
+        hpu().Event().record()
+    hpu().synchronize()
+    expected = torch.arange(float(math.prod(shape))).reshape(shape) + 1
+    assert not torch.equal(found, expected)
+    assert torch.equal(found.flatten().sort().values, expected.flatten())
+    assert torch.equal(output.cpu(), expected)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_error_of_a_permuted_output_is_lost_behind_another_copy() -> None:
+    outputs = _launched((2, 3), (6,))
+    found = [_copied(output) for output in outputs]
+    hpu().Event().record()
+    hpu().synchronize()
+    assert found[0].tolist() == [[1.0, 4.0, 2.0], [5.0, 3.0, 6.0]]
+    assert found[1].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_error_of_a_permuted_output_is_lost_behind_another_launch() -> None:
+    import habana_frameworks.torch.core as htcore
+
+    (output,) = _launched((2, 3))
+    found = _copied(output)
+    later = output + 1
+    htcore.mark_step()
+    hpu().Event().record()
+    hpu().synchronize()
+    assert found.tolist() == [[1.0, 4.0, 2.0], [5.0, 3.0, 6.0]]
+    assert later.cpu().tolist() == [[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("pinned", [True, False])
+def test_without_a_launch_under_way_the_copy_of_a_permuted_output_raises(pinned: bool) -> None:
+    (output,) = _launched((2, 3))
+    hpu().Event().record()
+    with pytest.raises(RuntimeError, match=PERMUTED):
+        _copied(output) if pinned else output.to("cpu", non_blocking=True)
+    assert output.cpu().tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+
+
+@pytest.mark.usefixtures("lazy_hpu")
+@pytest.mark.parametrize("shape", [(2, 3), (1, 2, 3), (2, 3, 4, 4)])
+def test_a_flat_clone_is_never_permuted(shape: tuple[int, ...]) -> None:
+    (output,) = _launched(shape)
+    found = _copied(output.flatten().clone())
+    hpu().Event().record()
+    hpu().synchronize()
+    assert torch.equal(found.reshape(shape), output.cpu())
+
+
+@pytest.mark.usefixtures("eager_hpu")
+def test_eager_mode_puts_permuted_outputs_in_order() -> None:
+    (output,) = _launched((2, 3))
+    found = _copied(output)
+    hpu().synchronize()
+    assert found.tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 
 
 @pytest.mark.usefixtures("hpu")

@@ -52,13 +52,18 @@ def test_a_buffer_that_the_step_reuses_is_returned_as_it_was(show: str, defer_ho
     assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("show", ["whole", "in a dict"])
+def test_on_the_cpu_a_buffer_that_the_step_reuses_is_one_object_in_all_predictions_as_in_stock(
+    show: str, device: str
+) -> None:
+    if device != "cpu":
+        pytest.skip("a device's memory is copied to the host for each prediction")
+    expected = predict("cpu", Reuses(SHOWS[show]), rows(10, 2))
+    assert_equal(predict(HPUInferenceAccelerator(hpu_graphs=False), Reuses(SHOWS[show]), rows(10, 2)), expected)
+
+
 def test_a_buffer_that_the_step_reuses_is_written_as_it_was() -> None:
     writer, expected = Writer("batch"), Writer("batch")
     predict("cpu", Net(), rows(10, 2), callbacks=[expected])
     predict(HPUInferenceAccelerator(in_flight=3), Reuses(SHOWS["whole"]), rows(10, 2), callbacks=[writer])
     assert_equal(writer.batches, expected.batches)
-
-
-def test_without_inference_mode_a_reused_buffer_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(RuntimeError, match=r"overwritten.*`.clone\(\)`.*`pipelining=False`"):
-        predict(HPUInferenceAccelerator(in_flight=1), Reuses(SHOWS["whole"]), rows(10, 2), inference_mode=False)
