@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 DEVICE_TYPE = "hpu"
@@ -166,18 +167,37 @@ def graphed(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
 def reset_capture(error: BaseException) -> None:
     """Clear the bridge's process-wide capture flags after `error` ended a capture.
 
-    They stay set until the failed graph dies, and `dry_run` until the end of some later capture (bridge
-    `HPUGraph.cpp`). The error's tracebacks keep the graph alive through the locals of their frames, so these are
-    dropped; the tracebacks themselves stay readable.
+    They stay set until some graph is freed, and `dry_run` until the end of some later capture (bridge 1.19
+    `HPUGraph.cpp`). The failed graph should be freed here, since it would end whatever is captured by then. The error's
+    tracebacks keep it alive through the locals of their frames, so these are dropped; the tracebacks stay readable.
+
+    Never raises: what the user should see is `error`.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        traceback.clear_frames(cause.__traceback__)
-        cause = cause.__context__
+    for part in _chain(error):
+        traceback.clear_frames(part.__traceback__)
     gc.collect()
     graph = _hpu().HPUGraph()
-    graph.capture_begin()
-    graph.capture_end()
+    try:
+        graph.reset()  # frees no other graph, but clears the flags even if the failed one is still alive
+        graph.capture_begin()
+        graph.capture_end()
+    except RuntimeError as problem:
+        rank_zero_warn(
+            f"The bridge's state could not be cleared after a capture that failed ({problem}); later captures in this"
+            " process may fail as well. Pass `hpu_graphs=False` if they do."
+        )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error with all that led to it: causes and contexts, each once."""
+    found: list[BaseException] = []
+    rest: list[BaseException | None] = [error]
+    while rest:
+        part = rest.pop()
+        if part is not None and all(part is not other for other in found):
+            found.append(part)
+            rest += [part.__cause__, part.__context__]
+    return found
 
 
 def cast_on_host(dtype: torch.dtype) -> bool:
