@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lightning_hpu_infer.emulator import runtime, streams
-from lightning_hpu_infer.emulator.graph import HPUGraph, view_hash
+from lightning_hpu_infer.emulator.graph import HPUGraph as HPUGraph
+from lightning_hpu_infer.emulator.graph import view_hash
 from lightning_hpu_infer.emulator.streams import HpuEventBase, HpuStreamBase
 
 MEMORY_LIMIT = 96 << 30

@@ -98,6 +98,8 @@ class HpuStreamBase(torch.Stream):
         rt = runtime.current()
         if self.stream_id != rt.stream_id:
             rt.flush(cause)
+        elif cause == "synchronize":
+            rt.join_launches()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HpuStreamBase) and other.stream_id == self.stream_id

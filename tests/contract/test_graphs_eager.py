@@ -15,9 +15,21 @@ def test_the_names_are_not_exported() -> None:
 
 
 @pytest.mark.parametrize("disable_tensor_cache", [False, True])
-def test_a_graph_returns_the_first_result_for_ever(disable_tensor_cache: bool) -> None:
+def test_a_wrapped_function_cannot_be_called(disable_tensor_cache: bool) -> None:
     from habana_frameworks.torch.hpu.graphs import wrap_in_hpu_graph_func
 
     wrapped = wrap_in_hpu_graph_func(lambda x: x + 1, disable_tensor_cache=disable_tensor_cache)
-    assert wrapped(torch.tensor([1.0]).to("hpu")).item() == 2.0
-    assert wrapped(torch.tensor([7.0]).to("hpu")).item() == 2.0
+    with pytest.raises(AttributeError, match="HPUGraph"):
+        wrapped(torch.tensor([1.0]).to("hpu"))
+
+
+def test_a_graph_that_is_used_anyway_records_nothing() -> None:
+    from habana_frameworks.torch.hpu.graphs import HPUGraph
+
+    recorded, x = HPUGraph(), torch.tensor([1.0]).to("hpu")
+    recorded.capture_begin()
+    y = x + 1
+    recorded.capture_end()
+    x.fill_(7.0)
+    recorded.replay()
+    assert y.item() == 2.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from habana_frameworks.torch import _core_C, _hpu_C
+from habana_frameworks.torch import _core_C, _hpu_C, hpu
 from habana_frameworks.torch.hpu import streams
 
 __all__ = [
@@ -217,7 +217,7 @@ def wrapped_hpugraph_forward(
             return orig_fwd(*args, **kwargs)
         # On purpose without try/finally: the bridge leaves its capture state as it is after a failure (graphs.py:603).
         with streams.stream(stream):
-            recorded = HPUGraph()
+            recorded = hpu.HPUGraph()  # not there in eager mode, as on the bridge (graphs.py:604, hpu/__init__.py:45)
             recorded.capture_begin(dry_run=dry_run or disable_tensor_cache)
             given = get_user_input_tensor_list(inputs, ())
             if disable_tensor_cache:
