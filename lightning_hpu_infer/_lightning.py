@@ -21,10 +21,12 @@ __all__ = [
     "LOOP_NAMES",
     "AcceleratorRegistry",
     "PredictionLoop",
+    "check_flags",
     "choose_strategy",
     "datahook_owner",
     "has_stock_transfer",
     "init_dist_connection",
+    "is_compiled",
     "no_grad_context",
     "pair_strategy",
     "users_batch_sampler",
@@ -78,6 +80,11 @@ def users_batch_sampler(sampler: object) -> Any:
     return sampler._batch_sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
 
 
+def is_compiled(module: LightningModule) -> bool:
+    """Whether its steps are those of `torch.compile(module)`, which was given to the Trainer in its place."""
+    return module._compiler_ctx is not None
+
+
 def wants_several_processes(connector: Any) -> bool:
     """Whether a Trainer was asked for several devices or nodes."""
     return len(connector._parallel_devices) > 1 or connector._num_nodes_flag > 1
@@ -101,13 +108,22 @@ def pair_strategy(pair: Callable[[Any, Callable[[Any], Any]], Any]) -> None:
     _replace("_lazy_init_strategy", pair)
 
 
-def _replace(name: str, replacement: Callable[[Any, Callable[[Any], Any]], Any]) -> None:
+def check_flags(check: Callable[..., Any]) -> None:
+    """Replace how a Trainer checks what it was asked for. Does nothing the second time.
+
+    Args:
+        check: Called with the connector, Lightning's function, and the flags as keyword arguments.
+    """
+    _replace("_check_config_and_set_final_flags", check)
+
+
+def _replace(name: str, replacement: Callable[..., Any]) -> None:
     stock = getattr(_AcceleratorConnector, name)
     if hasattr(stock, "__wrapped__"):
         return
 
     @wraps(stock)
-    def call(connector: Any) -> Any:
-        return replacement(connector, stock)
+    def call(connector: Any, **flags: Any) -> Any:
+        return replacement(connector, stock, **flags)
 
     setattr(_AcceleratorConnector, name, call)

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana, _lightning
 from lightning_hpu_infer.config import InferenceConfig, knows_its_options
@@ -174,7 +175,9 @@ class HPUInferenceAccelerator(Accelerator):
             )
         _repair_precision(trainer.precision_plugin, device.type)
         PipelinedPredictionLoop.install_on(trainer.predict_loop, self.config)
-        graph_kind(device, self.config)  # raises early where it cannot be
+        kind = graph_kind(device, self.config)  # raises early where it cannot be
+        if kind is not None and trainer.state.fn == TrainerFn.PREDICTING:
+            _trace_instead_of_compiling(trainer.lightning_module)
         if trainer.state.fn != TrainerFn.PREDICTING:
             # Other runs need the device's memory and change the weights.
             trainer.predict_loop.release_graphs()  # type: ignore[attr-defined]
@@ -234,8 +237,33 @@ class HPUInferenceAccelerator(Accelerator):
 
 
 def register() -> None:
-    """Make the accelerator known to Lightning by name."""
+    """Make the accelerator known to Lightning by name, and to who asks for another one. Idempotent."""
     HPUInferenceAccelerator.register_accelerators(AcceleratorRegistry)
+    _lightning.check_flags(_hint_at_ours)
+
+
+def _hint_at_ours(connector: Any, stock: Callable[..., Any], **flags: Any) -> Any:
+    """Lightning knows "hpu" up to 2.5.5 and beside lightning-habana. Who asks for it elsewhere is told of ours."""
+    try:
+        return stock(connector, **flags)
+    except ValueError as error:
+        if str(flags["accelerator"]).lower() != _habana.DEVICE_TYPE:
+            raise
+        ours = "`accelerator=HPUInferenceAccelerator()`, of `lightning_hpu_infer`, or `accelerator='hpu_infer'`"
+        raise ValueError(f"{error} To predict on Intel Gaudi, pass {ours}.") from error
+
+
+def _trace_instead_of_compiling(module: LightningModule) -> None:
+    """Take `torch.compile` off the steps: they get graphs, and its default backend does not know the device.
+
+    Lightning puts it on again when the compiled module is next given to a Trainer.
+    """
+    if _lightning.is_compiled(module):
+        to_uncompiled(module)
+        rank_zero_info(
+            "`torch.compile` is taken off the LightningModule: `hpu_graphs` traces `predict_step` itself. To keep your"
+            " own compilation, pass `hpu_graphs=False` and compile for a backend that the device has."
+        )
 
 
 def _repair_precision(plugin: Precision, device_type: str) -> None:

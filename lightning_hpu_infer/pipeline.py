@@ -52,6 +52,8 @@ class InFlight(Generic[T]):
         Raises:
             IndexError: If nothing is in flight.
         """
+        if not self._pending:
+            raise IndexError("Nothing is in flight: every batch that was pushed has been popped. Push one first.")
         item, output = self._pending.popleft()
         return item, output.result()
 

@@ -1,10 +1,12 @@
 """The one argument that users add, in every way that Lightning takes it."""
 
+import logging
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -89,6 +91,47 @@ def test_its_repr_shows_what_differs_from_the_defaults() -> None:
         "HPUInferenceAccelerator(pipelining='auto', trace='runs')"
     )
     assert len(repr(HPUInferenceAccelerator(group_by_length=list(range(10000))))) < 100
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("options", [{}, {"strategy": "hpu_infer"}], ids=str)
+def test_who_asks_for_hpu_is_told_of_ours(options: dict[str, Any]) -> None:
+    if "hpu" in AcceleratorRegistry:
+        pytest.skip("Lightning knows hpu beside lightning-habana")
+    with pytest.raises(ValueError, match=r"invalid accelerator name: `accelerator='hpu'`.*HPUInferenceAccelerator\(\)"):
+        Trainer(accelerator="hpu", logger=False, **options)
+    with pytest.raises(ValueError, match=r"invalid accelerator name: `accelerator='xpu'`") as refused:
+        Trainer(accelerator="xpu", logger=False, **options)
+    assert "HPUInferenceAccelerator" not in str(refused.value)
+
+
+# By default torch compiles with inductor, which does not know the device.
+COMPILED: list[tuple[str, str, dict[str, Any]]] = [
+    ("lazy", "inductor", {}),
+    ("eager", "inductor", {}),
+    ("eager", "hpu_backend", {}),
+    ("cpu", "eager", {}),
+]
+COMPILED += [("eager", "hpu_backend", {"hpu_graphs": False})]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # used by inductor
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(("mode", "backend", "flags"), COMPILED, ids=str)
+def test_a_compiled_module_is_predicted_with(
+    mode: str, backend: str, flags: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    module = Net()
+    expected = predict("cpu", Net(), rows())
+    with nullcontext() if mode == "cpu" else installed(lazy=mode == "lazy"):
+        compiled: Any = torch.compile(module, backend=backend)
+        ours = trainer(HPUInferenceAccelerator(**flags))
+        for each in (compiled, compiled, module):
+            assert_equal(ours.predict(each, rows()), expected)
+    traced = "`torch.compile` is taken off" in caplog.text
+    assert traced == (mode != "cpu" and not flags)
+    assert (ours.predict_loop.graph_counts is not None) == traced  # type: ignore[attr-defined]
 
 
 def test_a_strategy_on_another_device_is_refused() -> None:

@@ -59,6 +59,12 @@ def test_the_connector_chooses_and_pairs_strategies_where_ours_listens() -> None
         assert list(inspect.signature(getattr(_AcceleratorConnector, name).__wrapped__).parameters) == ["self"]
 
 
+def test_the_connector_checks_its_flags_where_ours_listens() -> None:
+    stock = _AcceleratorConnector._check_config_and_set_final_flags.__wrapped__  # type: ignore[attr-defined]
+    assert {"self", "strategy", "accelerator"} < set(inspect.signature(stock).parameters)
+    assert not _lightning.is_compiled(LightningModule())
+
+
 def test_the_device_of_strategy_and_precision_can_be_set() -> None:
     assert "_root_device" in SingleDeviceStrategy("cpu").__dict__
     assert "device" in MixedPrecision("bf16-mixed", "cpu").__dict__

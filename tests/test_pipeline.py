@@ -48,7 +48,7 @@ def test_push_and_pop_by_hand() -> None:
         while pipeline:
             results.append(pipeline.pop())
         assert_equal(results, expected())
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=r"Nothing is in flight: every batch .* Push one first"):
             pipeline.pop()
 
 
