@@ -38,9 +38,8 @@ class Program:
                 frees[index].append(register)
         self.frees = tuple(map(tuple, frees))
 
-    @property
-    def name(self) -> str:
-        """A name for metrics: equal programs have equal ones."""
+    def __str__(self) -> str:
+        """Return a name for metrics: equal programs have equal ones."""
         return f"recipe_{hash(self.key) & 0xFFFF_FFFF_FFFF:012x}"
 
     def run(self, env: Sequence[Storage | None]) -> None:

@@ -233,13 +233,13 @@ class Runtime:
     def _compile(self, program: Program) -> None:
         """Let a program that was not launched before keep the compute queue busy for the compile time."""
         if program.key in self.compiled:
-            self.notify("cache_hit", recipe_id=program.name)
+            self.notify("cache_hit", recipe_id=program)
             return
         self.compiled.add(program.key)
         kind = "compile" if self.config.compile_ms else ""
-        self.engine("compute").submit(Task(lambda: self._spend_compile_time(program.name), kind=kind))
+        self.engine("compute").submit(Task(lambda: self._spend_compile_time(program), kind=kind))
 
-    def _spend_compile_time(self, recipe: str) -> None:
+    def _spend_compile_time(self, recipe: Program) -> None:
         start = time.perf_counter()
         if self.config.compile_ms:
             sleep_until(start + self.config.compile_ms * 1e-3)
@@ -248,7 +248,10 @@ class Runtime:
         self.notify("graph_compilation", duration=round((time.perf_counter() - start) * 1e6), recipe=recipe)
 
     def notify(self, event: str, **params: object) -> None:
-        """Publish an event by the name of its `EventId`; what follows a colon is the name of an op."""
+        """Publish an event by the name of its `EventId`; what follows a colon is the name of an op.
+
+        The values become strings only if anybody listens: this is called in every launch.
+        """
         name, _, op_name = event.partition(":")
         dispatcher, topic = EventDispatcher.instance(), EventId[name.upper()]
         if dispatcher.has_subscribers(topic):
