@@ -51,3 +51,44 @@ def seed_both(manual_seed: Callable[..., Any]) -> Callable[..., Any]:
         return manual_seed(value)
 
     return seed
+
+
+def seed_both_randomly(seed: Callable[[], int]) -> Callable[[], int]:
+    """Wrap torch.seed likewise (bridge: torch_overwrites.py:485-497)."""
+
+    @functools.wraps(seed)
+    def seed_both_() -> int:
+        value = seed()
+        if (rt := runtime.installed()) is not None and not runtime.is_forked():
+            rt.seed(value)
+        return value
+
+    return seed_both_
+
+
+def fork_rng_on_hpu(fork_rng: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap torch.random.fork_rng: the device is by default this one (bridge: torch_overwrites.py:363-382)."""
+
+    @functools.wraps(fork_rng)
+    def fork(
+        devices: Any = None,
+        enabled: bool = True,
+        _caller: str = "fork_rng",
+        _devices_kw: str = "devices",
+        device_type: str | None = None,
+    ) -> Any:
+        return fork_rng(devices, enabled, _caller, _devices_kw, device_type or "hpu")
+
+    return fork
+
+
+def record_on_hpu(record_stream: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Tensor.record_stream, which takes PyTorch's streams only (bridge: torch_overwrites.py:158-171)."""
+
+    @functools.wraps(record_stream)
+    def record(tensor: torch.Tensor, stream: Any) -> None:
+        # Memory here lives as long as work on it does.
+        if tensor.device.type != "hpu":
+            record_stream(tensor, stream)
+
+    return record

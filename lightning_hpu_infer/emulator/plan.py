@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,10 +17,18 @@ aten = torch.ops.aten
 _PREDICT_ON_CPU = frozenset({aten.scaled_dot_product_attention.default})
 # Ops that only move or cast device memory.
 _MOVES = frozenset({aten.clone.default, aten.copy_.default, aten._to_copy.default})
+_NARROW = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16})
 
 
 class NeedsValues(Exception):
     """Raised when the layout of the outputs depends on the values of the inputs."""
+
+
+class Resized(Exception):
+    """Raised when an op resizes outputs that it was given: `layouts` has what they must be before it is called."""
+
+    def __init__(self, layouts: dict[int, Spec]) -> None:
+        self.layouts = layouts
 
 
 class Slot:
@@ -89,6 +98,17 @@ class Plan:
                 kwargs[position] = filled  # type: ignore[index]
         return self.func(*args, **kwargs)
 
+    def _call_wider(self, tensors: Sequence[torch.Tensor], error: NotImplementedError) -> Any:
+        """Run an op that the CPU's kernels lack for a narrow type; the results are float32, and rounded later."""
+        wider = [tensor.float() if tensor.dtype in _NARROW else tensor for tensor in tensors]
+        if "not implemented for" not in str(error) or all(map(operator.is_, wider, tensors)):
+            raise error
+        result = self.call(wider)
+        for index in self.writes:
+            if wider[index] is not tensors[index]:
+                tensors[index].copy_(wider[index])
+        return result
+
     def _call_twins(self, specs: Sequence[tuple[Spec, Spec]], device: str) -> tuple[list[torch.Tensor], Any]:
         """Run the op on tensors of these layouts; the host's random state stays as it is."""
         bases = [base.empty(device) for base, _ in specs]
@@ -112,13 +132,26 @@ class Plan:
         for register, view in zip(ins, self.views, strict=True):
             value = values[register]
             tensors.append(value if view is None else view.view(value))
-        result = self.call(tensors)
+        try:
+            result = self.call(tensors)
+        except NotImplementedError as error:
+            result = self._call_wider(tensors, error)
         if self.multi is None:
             for register, (_, spec) in zip(outs, self.new, strict=True):
                 values[register] = _settle(result, spec)
         else:
             for register, (position, spec) in zip(outs, self.new, strict=True):
                 values[register] = _settle(result[position], spec)
+
+    def _check_sizes(self, twins: Sequence[torch.Tensor], specs: Sequence[tuple[Spec, Spec]]) -> None:
+        changed = {i: Spec.of(twins[i]) for i in self.writes if Spec.of(twins[i]) is not specs[i][1]}
+        if changed and any(argument.is_out for argument in self.func._schema.arguments):  # type: ignore[attr-defined]
+            raise Resized(changed)
+        for index, after in changed.items():
+            raise RuntimeError(
+                f"{self.func} would change the shape or strides of an HPU tensor in place (from"
+                f" {specs[index][1].size} to {after.size}), which the emulator cannot do; use the out-of-place op"
+            )
 
     def predict(self, specs: Sequence[tuple[Spec, Spec]]) -> None:
         """Fill in the outputs. `specs` has the layouts of each tensor's storage and of the tensor."""
@@ -135,13 +168,7 @@ class Plan:
                     twins, result = self._call_twins(specs, "cpu")
                 except Exception:
                     raise error from None
-        for index in self.writes:
-            if Spec.of(twins[index]) is not specs[index][1]:
-                raise RuntimeError(
-                    f"{self.func} would change the shape or strides of an HPU tensor in place (from"
-                    f" {specs[index][1].size} to {tuple(twins[index].shape)}), which the emulator cannot do;"
-                    " use the out-of-place op, or an output of the right shape"
-                )
+        self._check_sizes(twins, specs)
         owners = {twin.untyped_storage()._cdata: index for index, twin in enumerate(twins)}
         self.multi = type(result) if isinstance(result, (tuple, list)) else None
         for value in result if self.multi else (result,):
@@ -162,8 +189,8 @@ def _describe(value: object, twins: Sequence[torch.Tensor], owners: dict[int, in
 
 
 def _settle(result: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Give a result the predicted strides, on which the views of it rely."""
-    if result.stride() == spec.stride and not result.storage_offset():
+    """Give a result the predicted type and strides, on which the views of it rely."""
+    if result.dtype is spec.dtype and result.stride() == spec.stride and not result.storage_offset():
         return result
     settled = spec.empty()
     return settled.copy_(result) if result.shape == spec.size else result

@@ -14,10 +14,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_hpu_infer.emulator import compiled, naming, pinned, runtime
+from lightning_hpu_infer.emulator import autocast, compiled, hpu_ops, naming, pinned, runtime
 from lightning_hpu_infer.emulator import copies as copies  # registers its ops
 from lightning_hpu_infer.emulator import substitutes as substitutes  # likewise
-from lightning_hpu_infer.emulator.patches import load_to_hpu, seed_both
+from lightning_hpu_infer.emulator.patches import (
+    fork_rng_on_hpu,
+    load_to_hpu,
+    record_on_hpu,
+    seed_both,
+    seed_both_randomly,
+)
 from lightning_hpu_infer.emulator.storage import Spec
 from lightning_hpu_infer.emulator.tensor import HpuTensor, allocate, dispatch, run
 
@@ -26,12 +32,6 @@ aten = torch.ops.aten
 _COMPUTED_FACTORIES = (
     *("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace", "randperm"),
     *("range", "range.step", "tril_indices", "triu_indices"),
-)
-# What autocast runs in the lower precision; type promotion settles the rest.
-_MATMUL_LIKE = (
-    *("addbmm", "addmm", "addmv", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d"),
-    *("conv_transpose2d.input", "conv_transpose3d.input", "einsum", "linear", "matmul", "mm", "mv"),
-    "scaled_dot_product_attention",
 )
 _SDPA: Any = aten.scaled_dot_product_attention.default
 _guards: dict[str, Any] = {}
@@ -111,6 +111,10 @@ class Registration:
         seed = seed_both(torch.manual_seed)
         self._patch(torch, "manual_seed", seed)
         self._patch(torch.random, "manual_seed", seed)
+        self._patch(torch, "seed", seed_both_randomly(torch.seed))
+        self._patch(torch.random, "seed", torch.seed)
+        self._patch(torch.random, "fork_rng", fork_rng_on_hpu(torch.random.fork_rng))
+        self._patch(torch.Tensor, "record_stream", record_on_hpu(torch.Tensor.record_stream))
 
     def _register_module(self, module: types.ModuleType) -> None:
         register: Any = torch._register_device_module
@@ -135,10 +139,11 @@ class Registration:
         for name in _COMPUTED_FACTORIES:
             hpu.impl(name, _computed(name))
         self._library("_", "AutocastHPU").fallback(torch.library.fallthrough_kernel)
-        autocast = self._library("aten", "AutocastHPU")
-        for name in _MATMUL_LIKE:
-            autocast.impl(name, _autocast(name))
+        casting = self._library("aten", "AutocastHPU")
+        for name, kernel in autocast.kernels():
+            casting.impl(name, kernel)
         self._library("aten", "AutogradHPU").impl(_SDPA.name(), _attention)
+        hpu_ops.define(self._library("hpu"))
         cpu = self._library("aten", "CPU")
         cpu.impl("is_pinned", _is_pinned)
         cpu.impl("_pin_memory", _pin_memory)
@@ -187,9 +192,9 @@ class Registration:
         inlined.update(traced)
         self._undo.append(lambda: inlined.difference_update(traced))
 
-    def _library(self, namespace: str, key: str) -> Any:
+    def _library(self, namespace: str, key: str = "") -> Any:
         make: Any = torch.library.Library
-        library = make(namespace, "IMPL", key)
+        library = make(namespace, "IMPL", key) if key else make(namespace, "FRAGMENT")
         self._undo.append(library._destroy)
         return library
 
@@ -218,26 +223,6 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, layout: Any = N
 def _overload(name: str) -> Any:
     base, _, overload = name.partition(".")
     return getattr(getattr(aten, base), overload or "default")
-
-
-def _autocast(name: str) -> Callable[..., Any]:
-    func = _overload(name)
-    key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("AutocastHPU"))
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        dtype = torch.get_autocast_dtype("hpu")
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return func(*_lower(args, dtype), **{name: _lower(value, dtype) for name, value in kwargs.items()})
-
-    return kernel
-
-
-def _lower(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor) and value.device.type == "hpu":  # an HpuTensor, or a fake one while tracing
-        return value.to(dtype) if value.is_floating_point() and value.dtype is not torch.float64 else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_lower(item, dtype) for item in value)
-    return value
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:

@@ -37,5 +37,20 @@ def _histc(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[st
     return counts.to(values.dtype)
 
 
+def _complex(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    # The device has no complex numbers (bridge: habana_kernels/lazy_kernels.cpp:2040-2042, and the same in eager mode).
+    real, imaginary = (part.detach().cpu() for part in args)
+    return torch.complex(real, imaginary)
+
+
+def _index_copy_(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    tensor, dim, index, source = args
+    if isinstance(source, HpuTensor) and source._cell is tensor._cell:
+        source = source.clone()  # which the CPU's kernel leaves to its caller
+    return run(rt, func, (tensor, dim, index, source), kwargs)  # type: ignore[no-any-return]
+
+
 HANDLERS[aten._pack_padded_sequence.default] = _pack_padded_sequence
 HANDLERS[aten.histc.default] = _histc
+HANDLERS[aten.complex.default] = _complex
+HANDLERS[aten.index_copy_.default] = _index_copy_

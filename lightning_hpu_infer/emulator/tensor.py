@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
+from torch.overrides import enable_reentrant_dispatch
 from torch.utils._mode_utils import no_dispatch
 
-from lightning_hpu_infer.emulator import runtime
-from lightning_hpu_infer.emulator.plan import NeedsValues, Plan, Slot, make_plan
+from lightning_hpu_infer.emulator import autocast, runtime
+from lightning_hpu_infer.emulator.plan import NeedsValues, Plan, Resized, Slot, make_plan
+from lightning_hpu_infer.emulator.resizing import resize
 from lightning_hpu_infer.emulator.runtime import Runtime
 from lightning_hpu_infer.emulator.storage import Cell, Spec, Storage
 from lightning_hpu_infer.emulator.task import Task
@@ -76,6 +78,14 @@ class HpuTensor(torch.Tensor):
         data: Any = torch.Tensor.data
         data.__set__(self, value)  # refuses what is no tensor
         self._cell, self._spec = value._cell, value._spec
+
+    def _set_layout(self, spec: Spec) -> None:
+        """Show the same memory in another layout of the same dtype."""
+        with torch.inference_mode(self.is_inference()):
+            wrapper = wrap(self._cell, spec)
+        data: Any = torch._C.TensorBase.data  # not torch.Tensor's, which may be watched
+        data.__set__(self, wrapper)
+        self._spec = spec
 
     def data_ptr(self) -> int:
         """Return the emulated device address; a replay changes it."""
@@ -155,6 +165,12 @@ def constant(value: torch.Tensor) -> HpuTensor:
     return wrap(Cell(storage), storage.spec)
 
 
+class _Operands(list[HpuTensor]):
+    """The tensors of a call, and whether some of them were copied from the host."""
+
+    lifted = False
+
+
 @cache
 def _is_composite(func: OpOverload) -> bool:
     name: str = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
@@ -174,19 +190,24 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if (handler := HANDLERS.get(func)) is not None:
         return handler(rt, func, args, kwargs)
     if _is_composite(func):
-        return func.decompose(*args, **kwargs)
+        if autocast.has_cast():
+            return func.decompose(*args, **kwargs)
+        with enable_reentrant_dispatch():  # or autocast would not see the parts
+            return func.decompose(*args, **kwargs)
     return run(rt, func, args, kwargs)
 
 
 def run(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Queue an op, or run it on the values if its output shapes depend on them."""
-    tensors: list[HpuTensor] = []
+    tensors = _Operands()
     key: list[Any] = [func]
     template = tuple([_scan(arg, tensors, key, func) for arg in args])
     template_kwargs: dict[str, Any] = {}
     for name, value in kwargs.items():
         key.append(name)
         template_kwargs[name] = _scan(value, tensors, key, func)
+    if tensors.lifted and func._schema.is_mutable:
+        _refuse_to_write_to_the_host(func, args, kwargs)
     if func._schema.name in rt.config.cpu_fallback_ops:
         return _fall_back(rt, func, template, template_kwargs, tensors)
     if _reads_values(func):
@@ -201,6 +222,10 @@ def run(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, 
             plan = make_plan(func, template, template_kwargs, specs, rt.generator)
         except NeedsValues:
             return _on_values(rt, func, template, template_kwargs, tensors)
+        except Resized as resized:
+            for index, spec in resized.layouts.items():
+                resize(rt, tensors[index], spec)
+            return run(rt, func, args, kwargs)
         if key:
             rt.plans[tuple(key)] = plan
     made = rt.enqueue(plan, [tensor._cell for tensor in tensors]) if plan.runs else []
@@ -225,7 +250,7 @@ def _present(plan: Plan, made: list[Cell], tensors: list[HpuTensor]) -> Any:
     return results if plan.multi is list else tuple(results)
 
 
-def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload) -> Any:
+def _scan(value: Any, tensors: _Operands, key: list[Any], func: OpOverload) -> Any:
     """Replace tensors by slots and add to the plan's key what the plan depends on."""
     kind = type(value)
     if kind is HpuTensor:
@@ -236,7 +261,10 @@ def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload
     if kind is list or kind is tuple:
         key.append(len(value))
         return kind([_scan(item, tensors, key, func) for item in value])
+    if isinstance(value, HpuTensor):  # a subclass
+        return _scan(wrap(value._cell, value._spec), tensors, key, func)
     if isinstance(value, torch.Tensor):
+        tensors.lifted = True
         return _scan(_lift(value, func), tensors, key, func)
     if kind is torch.device and value.type == "hpu":
         value = torch.device("cpu")
@@ -246,17 +274,33 @@ def _scan(value: Any, tensors: list[HpuTensor], key: list[Any], func: OpOverload
     return value
 
 
-def _lift(tensor: torch.Tensor, func: OpOverload) -> HpuTensor:
-    if isinstance(tensor, HpuTensor):  # a subclass
-        return wrap(tensor._cell, tensor._spec)
-    if tensor.dim() == 0 or func in _INDEXING:
-        # As on other devices: scalars and index tensors may live on the host; a capture freezes them.
-        runtime.current().note_host_work()
+def _lift(tensor: torch.Tensor, func: OpOverload) -> torch.Tensor:
+    """Bring an operand from the host to the device; a capture freezes it."""
+    rt = runtime.current()
+    rt.note_host_work()
+    if tensor.dim() == 0 or func in _INDEXING:  # as on other devices: scalars and index tensors
         return constant(tensor.detach().clone())
+    if rt.config.lazy:  # any other tensor too, by a copy that does not wait (bridge: lazy_kernels.h:1463-1495)
+        return tensor.detach().to("hpu", non_blocking=True)
+    # bridge: habana_eager/ops/eager_op.cpp:55-104
     raise RuntimeError(
         "Expected all tensors to be on the same device, but found at least two devices, hpu:0 and"
         f" {tensor.device}! ({func}, shape {tuple(tensor.shape)}); move it with .to('hpu')"
     )
+
+
+def _refuse_to_write_to_the_host(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = kwargs.get(argument.name) if argument.kwarg_only or position >= len(args) else args[position]
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor) and not isinstance(item, HpuTensor):
+                # bridge: habana_lazy/aten_lazy_bridge.cpp:288-298
+                raise RuntimeError(
+                    f"Got a non-HPU tensor, expecting an HPU tensor: {func} would write its result to {item.device}"
+                    " while other operands are on hpu:0; write to a tensor on 'hpu', or move the operands"
+                )
 
 
 def _fall_back(
@@ -287,6 +331,7 @@ def _on_values(
         kwargs.setdefault("generator", rt.generator)
     plan = Plan(func, args, kwargs, views, ())
     results: list[Any] = []
+    is_resizable = any(argument.is_out for argument in func._schema.arguments)
 
     def work() -> None:
         inputs = [s.read() if view is None else view.view(s.read()) for s, view in zip(storages, views, strict=True)]
@@ -294,6 +339,8 @@ def _on_values(
 
     rt.wait(rt.engine("compute").submit(Task(work), storages, writes))
     result, inputs = results[0]
+    if is_resizable:
+        _adopt_sizes(rt, tensors, inputs)
 
     def present(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
@@ -306,6 +353,14 @@ def _on_values(
         return constant(value.clone())
 
     return present(result)
+
+
+def _adopt_sizes(rt: Runtime, tensors: list[HpuTensor], values: Sequence[torch.Tensor]) -> None:
+    """Follow an op on values that resized its outputs."""
+    for tensor, value in zip(tensors, values, strict=True):
+        if tuple(value.shape) != tensor._spec.size:
+            resize(rt, tensor, Spec.get(value.dtype, tuple(value.shape), value.stride(), tensor._spec.offset))
+            run(rt, aten.copy_.default, (tensor, constant(value.clone())), {})
 
 
 def _detach(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
@@ -321,6 +376,15 @@ def _view_in_place(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs:
     return tensor
 
 
+def _resize_(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HpuTensor:
+    tensor: HpuTensor = args[0]
+    size = tuple(args[1].shape) if isinstance(args[1], torch.Tensor) else tuple(args[1])
+    if size != tensor._spec.size:
+        twin = torch.empty(size, device="meta", memory_format=kwargs.get("memory_format") or torch.contiguous_format)
+        resize(rt, tensor, Spec.get(tensor.dtype, size, twin.stride(), tensor._spec.offset))
+    return tensor
+
+
 def _nothing(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     return None
 
@@ -328,6 +392,7 @@ def _nothing(rt: Runtime, func: OpOverload, args: tuple[Any, ...], kwargs: dict[
 for _name in ("squeeze_", "squeeze_.dim", "squeeze_.dims", "unsqueeze_", "t_", "transpose_", "as_strided_"):
     _base, _, _overload = _name.partition(".")
     HANDLERS[getattr(getattr(aten, _base), _overload or "default")] = _view_in_place
+HANDLERS[aten.resize_.default] = HANDLERS[aten.resize_as_.default] = _resize_
 HANDLERS[aten.detach.default] = _detach
 HANDLERS[aten.alias.default] = _detach
 HANDLERS[aten.lift_fresh.default] = lambda rt, func, args, kwargs: args[0]

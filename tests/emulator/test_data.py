@@ -1,4 +1,4 @@
-"""Assigning to ``tensor.data``, and swapping tensors."""
+"""Assigning to ``tensor.data``, swapping tensors, and tensors that are resized."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from lightning_hpu_infer import emulator
 
 pytestmark = pytest.mark.usefixtures("lazy_and_eager")
 GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -108,3 +110,81 @@ def test_swapped_tensors_show_each_others_values(mode: Any) -> None:
         torch.utils.swap_tensors(x, y)
         assert (x.tolist(), y.tolist()) == ([3.0], [1.0, 2.0])
         assert ((x + 1).tolist(), (y + 1).tolist()) == ([4.0], [2.0, 3.0])
+
+
+@GRAD_MODES
+def test_resizing_keeps_elements_and_views(mode: Any) -> None:
+    with mode():
+        x = _on_device(1.0, 2.0, 3.0, 4.0)
+        view = x[1:3]
+        address = x.data_ptr()
+        assert x.resize_(2, 1) is x
+        assert (x.shape, x.stride(), x.tolist()) == ((2, 1), (1, 1), [[1.0], [2.0]])
+        assert x.data_ptr() == address
+        assert x.is_inference() is torch.is_inference_mode_enabled()
+        x.resize_(2, 3)
+        x[1] = 9.0
+        assert x[:, :].flatten().tolist()[:3] == [1.0, 2.0, 3.0]
+        assert (x + 1)[1].tolist() == [10.0, 10.0, 10.0]
+        view.fill_(7.0)
+        assert x[0].tolist() == [1.0, 7.0, 7.0]  # one memory still
+        assert x.cpu().shape == (2, 3)
+        assert x.resize_as_(_on_device(1.0)).tolist() == [1.0]
+
+
+def test_a_view_that_grows_beyond_its_base() -> None:
+    base = _on_device(1.0, 2.0)
+    view = base[1:]
+    view.resize_(3)
+    view[1:] = 5.0
+    assert view.tolist() == [2.0, 5.0, 5.0]
+    view.mul_(2)
+    assert base.tolist() == [1.0, 4.0]
+
+
+def test_resized_memory_is_counted() -> None:
+    before = emulator.stats().bytes_in_use
+    x = torch.zeros(4, device="hpu")
+    assert emulator.stats().bytes_in_use == before + 16
+    x.resize_(100)
+    x.cpu()
+    assert emulator.stats().bytes_in_use == before + 400
+
+
+@GRAD_MODES
+def test_outputs_are_resized(mode: Any) -> None:
+    with mode():
+        x = _on_device(1.0, 2.0, 3.0)
+        empty = torch.empty(0, device="hpu")
+        assert torch.add(x, x, out=empty) is empty
+        assert empty.tolist() == [2.0, 4.0, 6.0]
+        values, places = torch.empty(0, device="hpu"), torch.empty(0, dtype=torch.int64, device="hpu")
+        torch.topk(x, 2, out=(values, places))
+        assert (values.tolist(), places.tolist()) == ([3.0, 2.0], [2, 1])
+        torch.nonzero(x > 1, out=places.resize_(0))
+        assert places.tolist() == [[1], [2]]
+        full = _on_device(1.0)
+        with pytest.warns(UserWarning, match="output with one or more elements was resized"):
+            torch.neg(x, out=full)
+        assert full.tolist() == [-1.0, -2.0, -3.0]
+
+
+def test_resizing_inside_a_graph() -> None:
+    hpu: Any = torch.hpu  # type: ignore[attr-defined]
+    if not hasattr(hpu, "wrap_in_hpu_graph_func"):
+        pytest.skip("graphs exist in lazy mode only")
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(0, device="hpu")
+        torch.add(x, x, out=out)
+        return out.resize_(2) + 1
+
+    graphed = hpu.wrap_in_hpu_graph_func(step)
+    assert [graphed(_on_device(*values)).tolist() for values in [(1.0, 2.0, 3.0), (4.0, 5.0, 6.0)]] == [[3, 5], [9, 11]]
+
+
+def test_a_view_of_another_type() -> None:
+    # bridge: habana_kernels/lazy_kernels.cpp:1660-1685
+    flags = torch.tensor([False, True, True, False] * 2).to("hpu")
+    assert flags.view(torch.float).view(torch.int32).tolist() == [0x00010100] * 2
+    assert torch.tensor([0, 3], dtype=torch.uint8).to("hpu").view(torch.bool).tolist() == [False, True]
