@@ -6,7 +6,8 @@
 # make coverage   the tests, and how much of the package they run
 # make docs       links, Python blocks and tables of README and docs/
 # make installed  the wheel with its dependencies in a new environment, used outside of the checkout
-# make options    the texts of the options, from config.py to the accelerator and docs/options.md
+# make options    the texts of the options, from config.py to the accelerator and docs/options.md; docs/verify.md
+# make verify-hpu on a machine with a Gaudi: the tests of the bridge, and what the plugin assumes of it (docs/verify.md)
 # make hooks      what a commit is checked for (`.venv/bin/pre-commit install` does it at each commit)
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .matrix/oldest
 OLDEST_LIGHTNING ?= 2.4.0
 
-.PHONY: demo test lint types unit full smoke matrix oldest coverage docs options package installed hooks release-check clean
+.PHONY: demo test lint types unit full smoke matrix oldest coverage docs options verify-hpu package installed hooks release-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/embed_sentences.py
@@ -51,6 +52,11 @@ docs: $(STAMP)
 
 options: $(STAMP)
 	$(BIN)/python docs/make_options.py
+	$(BIN)/python docs/make_assumptions.py
+
+# With the Python of the Gaudi image, whose torch is Habana's, and not the one of this environment.
+verify-hpu:
+	$(PYTHON) -m lightning_hpu_infer verify --contract tests/contract $(VERIFY)
 
 hooks: $(STAMP)
 	$(BIN)/pre-commit run --all-files

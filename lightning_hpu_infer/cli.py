@@ -3,6 +3,7 @@
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,16 @@ from lightning_hpu_infer.doctor import examine, gather_facts
 from lightning_hpu_infer.observe import timeline as plots
 from lightning_hpu_infer.observe.profiler import diagnose
 from lightning_hpu_infer.observe.render import render
+from lightning_hpu_infer.verify.check import MODES, Kind, Result, Verdict
+from lightning_hpu_infer.verify.render import render as render_verify
+from lightning_hpu_infer.verify.run import verify
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
+_ATTACH = (
+    "Read it, take out what is private, and attach it to an issue:"
+    " https://github.com/lightning-hpu-infer/lightning-hpu-infer/issues"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="whether predict would run on an HPU, and what is in its way")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_doctor)
+    command = commands.add_parser("verify", help="whether what the plugin assumes is true of the HPU that is here")
+    command.add_argument("--mode", choices=(*MODES, "both"), default="both", help="the bridge's mode; both by default")
+    command.add_argument("--quick", action="store_true", help="all assumptions, and a few of the other checks")
+    command.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="part of the name of checks to run; repeatable"
+    )
+    command.add_argument("--seconds", type=float, default=300.0, help="what one check may take; 300 by default")
+    command.add_argument("--contract", type=Path, metavar="FOLDER", help="run these tests of the bridge too (pytest)")
+    command.add_argument("--output", type=Path, metavar="FILE", help="default: lightning_hpu_infer-verify-DATE.json")
+    command.set_defaults(run=_verify)
     return parser
 
 
@@ -90,3 +108,25 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         Console().print(diagnosis)
     return 0 if diagnosis.healthy else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    output = options.output or Path(time.strftime("lightning_hpu_infer-verify-%Y-%m-%d-%H%M%S.json"))
+    report = verify(
+        output,
+        modes=MODES if options.mode == "both" else (options.mode,),
+        quick=options.quick,
+        only=options.only,
+        contract=options.contract,
+        seconds=options.seconds,
+        say=_say,
+    )
+    Console().print(render_verify(report))
+    Console(soft_wrap=True).print(f"All of it is in {output}. {_ATTACH}", markup=False, highlight=False)
+    return _INTERRUPTED if report.interrupted else report.exit_code
+
+
+def _say(result: Result) -> None:
+    if result.kind == Kind.CONTRACT and result.verdict == Verdict.NOT_TRIED:
+        return  # half of them are about the other mode
+    _complain(f"{result.mode:5} {result.verdict.value:9} {result.seconds:6.1f} s  {result.id}")

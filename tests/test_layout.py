@@ -21,9 +21,11 @@ LAYERS = [
     {"lengths", "prefetch", "transfer", "tuning"},
     {"batch", "graphs", "observe"},
     {"hooks", "pipeline", "source", "doctor"},
-    {"loop", "cli"},
-    {"accelerator", "__main__"},
-    {"strategies"},
+    {"loop"},
+    {"accelerator"},
+    {"strategies", "verify"},
+    {"cli"},
+    {"__main__"},
 ]
 
 

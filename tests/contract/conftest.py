@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
 
-REAL_DEVICE = importlib.util.find_spec("habana_frameworks") is not None
+from lightning_hpu_infer import emulator
+
+REAL_DEVICE = importlib.util.find_spec("habana_frameworks") is not None and not emulator.is_installed()
+VERIFYING = "LIGHTNING_HPU_INFER_VERIFY_JOB" in os.environ
+"""`verify` starts a process for each mode, as a real bridge needs it."""
 
 
 def _device(*, lazy: bool) -> Iterator[None]:
+    if not REAL_DEVICE and VERIFYING and lazy is not (os.environ["PT_HPU_LAZY_MODE"] != "0"):
+        pytest.skip(f"the process runs with PT_HPU_LAZY_MODE={os.environ['PT_HPU_LAZY_MODE']}")
     if REAL_DEVICE:
         from habana_frameworks.torch.utils.internal import is_lazy
 
@@ -18,8 +25,6 @@ def _device(*, lazy: bool) -> Iterator[None]:
             pytest.skip(f"the process runs with PT_HPU_LAZY_MODE={int(is_lazy())}")
         yield
         return
-    from lightning_hpu_infer import emulator
-
     emulator.install(emulator.EmulatorConfig(lazy=lazy))
     try:
         yield
