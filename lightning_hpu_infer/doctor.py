@@ -1,57 +1,38 @@
 """Whether `trainer.predict` would run on an HPU here, and what to do where it would not."""
 
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from lightning_hpu_infer import _habana
+from lightning_hpu_infer import recipes
+from lightning_hpu_infer.facts import Facts, gather_facts
+from lightning_hpu_infer.recipes import FolderState
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_PREFIXES = ("PT_HPU_", "PT_HPUGRAPH_", "HABANA_", "LIGHTNING_HPU_INFER_")
+__all__ = ["Diagnosis", "Facts", "Finding", "Level", "examine", "gather_facts"]
+
 _PACKAGE = "lightning-hpu-infer"
 _COMPROMISED = ("2.6.2", "2.6.3")
 _LAST_FOR_HABANA = "2.5.5"
+_FOUR_FIELDS_FROM = "1.20"  # of the bridge, at the earliest
 _EMULATE = "emulate one: LIGHTNING_HPU_INFER_EMULATOR=1 in the environment (PyTorch 2.10 or newer)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What is installed here. Versions are None where a package is not."""
-
-    python: str
-    torch: str
-    lightning: str | None
-    lightning_habana: str | None = None
-    bridge: str | None = None
-    """Version of `habana_frameworks`; "unknown" if it does not say."""
-    emulated: bool = False
-    """The bridge is the emulator's."""
-    error: str = ""
-    """What the bridge raised when it was asked for devices."""
-    device_count: int = 0
-    device_name: str = ""
-    lazy: bool | None = None
-    """The bridge's mode, if there is a bridge that works."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables of Habana's and ours."""
 
 
 class Level(str, Enum):
     """What a finding means for `trainer.predict`."""
 
     OK = "ok"
+    ADVICE = "advice"
+    """It runs well, and there is something to try."""
     WARNING = "warning"
     """It runs, but not as it might."""
     ERROR = "error"
@@ -88,34 +69,6 @@ class Diagnosis:
         return _render(self)
 
 
-def gather_facts() -> Facts:
-    """Look at this process. Asks the bridge for its devices, which may open one."""
-    bridge = _bridge_version() if _habana.is_installed() else None
-    count, name, lazy, error = 0, "", None, ""
-    emulated = False
-    if bridge is not None:
-        try:
-            emulated = _habana.is_emulated()
-            if _habana.is_available():
-                count, name = _habana.device_count(), _device_name()
-            lazy = _habana.is_lazy()
-        except Exception as problem:  # whatever a half-installed bridge raises is a finding
-            error = f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
-    return Facts(
-        python="{}.{}.{}".format(*sys.version_info),
-        torch=torch.__version__,
-        lightning=_version("lightning"),
-        lightning_habana=_version("lightning-habana"),
-        bridge=bridge,
-        emulated=emulated,
-        error=error,
-        device_count=count,
-        device_name=name,
-        lazy=lazy,
-        environment={name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)},
-    )
-
-
 def examine(facts: Facts) -> Diagnosis:
     """What works together, what does not, and the remedies."""
     checks = (
@@ -125,6 +78,8 @@ def examine(facts: Facts) -> Diagnosis:
         _check_bridge,
         _check_mode,
         _check_graphs,
+        _check_recipes,
+        _check_compile_only,
     )
     return Diagnosis(facts, tuple(finding for check in checks for finding in check(facts)))
 
@@ -237,12 +192,14 @@ def _check_graphs(facts: Facts) -> Iterator[Finding]:
     if facts.lazy is None:
         return
     cache = facts.environment.get("PT_HPUGRAPH_DISABLE_TENSOR_CACHE", "1")
+    # Intel's list of runtime variables has the default 1 for 1.19, and 0 for its current release.
+    unset = "" if "PT_HPU_LAZY_MODE" in facts.environment else " PT_HPU_LAZY_MODE is unset: its release decides."
     if not facts.lazy:
         yield Finding(
-            Level.WARNING,
-            "The bridge is in eager mode: there are no HPU graphs, `hpu_graphs=True` compiles the step with"
-            " `hpu_backend`.",
-            "For HPU graphs set PT_HPU_LAZY_MODE=1 before Python starts",
+            Level.ADVICE,
+            "The bridge is in eager mode, Intel's default: `hpu_graphs=True` compiles the step with `hpu_backend`. HPU"
+            f" graphs exist in lazy mode only, which Intel no longer develops.{unset}",
+            "Measure both: set PT_HPU_LAZY_MODE=1 before Python starts",
         )
     elif cache != "1":
         yield Finding(
@@ -251,12 +208,59 @@ def _check_graphs(facts: Facts) -> Iterator[Finding]:
             "Unset it, or pass `hpu_graphs=False`",
         )
     else:
-        yield Finding(Level.OK, "The bridge is in lazy mode: `hpu_graphs=True` captures HPU graphs.")
+        text = "The bridge is in lazy mode: `hpu_graphs=True` captures HPU graphs. Intel no longer develops this mode."
+        yield Finding(Level.OK, text + unset)
+
+
+def _check_recipes(facts: Facts) -> Iterator[Finding]:
+    value = facts.environment.get(recipes.VARIABLE, "")
+    try:
+        cache = recipes.parse(value)
+    except ValueError as error:
+        yield Finding(Level.ERROR, f"{recipes.VARIABLE}={value} ends the bridge: {error}.", recipes.FORMAT)
+        return
+    if cache.fields > 3 and facts.bridge and not facts.emulated and _is_before(facts.bridge, _FOUR_FIELDS_FROM):
+        text = f"{recipes.VARIABLE}={value} ends the bridge: {facts.bridge} takes three fields at most."
+        yield Finding(Level.ERROR, text, "Leave out the fourth field, NFS")
+    if not cache.folder:
+        if facts.device_count and not facts.emulated:
+            text = "Compiled recipes are not kept: every process compiles every shape anew."
+            yield Finding(Level.ADVICE, text, f"To keep them on a local disk: {recipes.FORMAT}")
+    elif facts.recipe_folder == FolderState.IMPOSSIBLE:
+        text = f"{recipes.VARIABLE} names {cache.folder}, which is no folder and cannot be made."
+        yield Finding(Level.ERROR, text, "Name a folder that can be written to, on a local disk")
+    elif facts.recipe_folder == FolderState.READ_ONLY:
+        text = f"{recipes.VARIABLE} names {cache.folder}, which cannot be written to: no new recipe is kept."
+        yield Finding(Level.WARNING, text, "Name a folder that can be written to, on a local disk")
+    elif cache.delete:
+        text = f"{recipes.VARIABLE} empties {cache.folder} when a process starts: no recipe is used again."
+        yield Finding(Level.ADVICE, text, "Set its second field to false")
+    else:
+        # As vllm-gaudi does in its warm-up.
+        text = f"Compiled recipes are kept in {cache.folder}; a run with PT_COMPILE_ONLY_MODE=true only compiles them."
+        yield Finding(Level.OK, text)
+
+
+def _check_compile_only(facts: Facts) -> Iterator[Finding]:
+    if facts.environment.get("PT_COMPILE_ONLY_MODE", "").lower() in ("1", "true"):
+        yield Finding(
+            Level.ERROR,
+            "PT_COMPILE_ONLY_MODE is on: the bridge compiles, but launches nothing, and predictions are garbage.",
+            f"Unset it. To fill the recipe cache ({recipes.VARIABLE}), run once with it and with `verify_graphs=0`, and"
+            " throw the predictions away",
+        )
 
 
 def _is_at_most(found: str, last: str) -> bool:
     try:
         return Version(found) <= Version(last)
+    except InvalidVersion:
+        return False
+
+
+def _is_before(found: str, first: str) -> bool:
+    try:
+        return Version(found) < Version(first)
     except InvalidVersion:
         return False
 
@@ -267,29 +271,16 @@ def _is_fork(torch_version: str) -> bool:
     return local.startswith(("git", "hpu"))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _bridge_version() -> str:
-    return _version("habana-torch-plugin") or "unknown"
-
-
-def _device_name() -> str:
-    try:
-        return str(torch.get_device_module(_habana.DEVICE_TYPE).get_device_name())
-    except (AttributeError, RuntimeError):
-        return ""
-
-
 def _plain(value: object) -> object:
     return value.value if isinstance(value, Enum) else value
 
 
-_MARKS = {Level.OK: ("✓", "green"), Level.WARNING: ("!", "yellow"), Level.ERROR: ("✗", "red")}
+_MARKS = {
+    Level.OK: ("✓", "green"),
+    Level.ADVICE: ("i", "blue"),
+    Level.WARNING: ("!", "yellow"),
+    Level.ERROR: ("✗", "red"),
+}
 
 
 def _render(diagnosis: Diagnosis) -> "RenderableType":
@@ -322,4 +313,9 @@ def _render(diagnosis: Diagnosis) -> "RenderableType":
         title, colour = f"trainer.predict would run on {device}", "green"
     else:
         title, colour = "trainer.predict would not run on an HPU", "red"
-    return Panel(Group(table, Text(), findings), title=Text(title, style=f"bold {colour}"), expand=False)
+    return Panel(
+        Group(table, Text(), findings),
+        title=Text(title, style=f"bold {colour}"),
+        subtitle=Text("for a bug report: python -m lightning_hpu_infer doctor --json"),
+        expand=False,
+    )

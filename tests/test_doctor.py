@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 from lightning_hpu_infer import _habana, doctor
 from lightning_hpu_infer.cli import main
 from lightning_hpu_infer.doctor import Diagnosis, Facts, Level, examine, gather_facts
+from lightning_hpu_infer.recipes import FolderState
 
 GAUDI = Facts(
     python="3.10.12",
@@ -22,8 +24,10 @@ GAUDI = Facts(
     device_count=8,
     device_name="GAUDI2",
     lazy=True,
-    environment={"PT_HPU_LAZY_MODE": "1"},
+    environment={"PT_HPU_LAZY_MODE": "1", "PT_HPU_RECIPE_CACHE_CONFIG": "/var/tmp/recipes,false,4096"},
+    recipe_folder=FolderState.USABLE,
 )
+CACHED = {"PT_HPU_RECIPE_CACHE_CONFIG": "/var/tmp/recipes"}
 LIGHTNING = "pip install 'lightning!=2.6.2,!=2.6.3,<2.7,>=2.4'"
 LAPTOP = Facts(python="3.13.1", torch="2.13.0+cpu", lightning="2.6.6")
 
@@ -78,12 +82,48 @@ def test_an_emulated_device_is_called_emulated() -> None:
             "PT_HPU_LAZY_MODE=0",
         ),
         ({"error": "OSError: libSynapse.so", "device_count": 0, "lazy": None}, Level.ERROR, "libSynapse.so", "hl-smi"),
-        ({"lazy": False}, Level.WARNING, "eager mode", "PT_HPU_LAZY_MODE=1"),
-        ({"environment": {"PT_HPU_LAZY_MODE": "banana"}}, Level.WARNING, "=banana is neither 0 nor 1", "Set it to 1"),
-        ({"environment": {"PT_HPU_LAZY_MODE": ""}}, Level.WARNING, "PT_HPU_LAZY_MODE= is neither", "Set it to 1"),
+        ({"lazy": False}, Level.ADVICE, "eager mode, Intel's default", "PT_HPU_LAZY_MODE=1"),
+        ({"environment": {}}, Level.ADVICE, "Compiled recipes are not kept", "PT_HPU_RECIPE_CACHE_CONFIG=FOLDER"),
+        (
+            {"environment": CACHED | {"PT_COMPILE_ONLY_MODE": "True"}},
+            Level.ERROR,
+            "predictions are garbage",
+            "Unset it",
+        ),
+        ({"recipe_folder": FolderState.IMPOSSIBLE}, Level.ERROR, "/var/tmp/recipes, which is no folder", "local disk"),
+        ({"recipe_folder": FolderState.READ_ONLY}, Level.WARNING, "/var/tmp/recipes, which cannot", "local disk"),
+        *(
+            ({"environment": {"PT_HPU_RECIPE_CACHE_CONFIG": value}}, level, text, remedy)
+            for value, level, text, remedy in (
+                ("/r,true", Level.ADVICE, "empties /r when a process starts", "false"),
+                (",false,1024", Level.ADVICE, "Compiled recipes are not kept", "FOLDER"),
+                ("/r,maybe", Level.ERROR, "second field, delete, is 'maybe'", "FOLDER,DELETE,MEGABYTES,NFS"),
+                ("/r,0,1 GB", Level.ERROR, "third field, megabytes, is '1 GB' and no number", "MEGABYTES"),
+                ("/r,0,1,on", Level.ERROR, "fourth field, NFS, is 'on'", "NFS"),
+                ("/r,0,1,0,0", Level.ERROR, "has 5 fields, and the bridge takes four at most", "NFS"),
+            )
+        ),
+        (
+            {"bridge": "1.19.0.561", "environment": {"PT_HPU_RECIPE_CACHE_CONFIG": "/r,0,1,1"}},
+            Level.ERROR,
+            "1.19.0.561 takes three fields at most",
+            "Leave out the fourth",
+        ),
+        (
+            {"environment": CACHED | {"PT_HPU_LAZY_MODE": "banana"}},
+            Level.WARNING,
+            "=banana is neither 0 nor 1",
+            "Set it to 1",
+        ),
+        (
+            {"environment": CACHED | {"PT_HPU_LAZY_MODE": ""}},
+            Level.WARNING,
+            "PT_HPU_LAZY_MODE= is neither",
+            "Set it to 1",
+        ),
         *(
             (
-                {"environment": {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": value}},
+                {"environment": CACHED | {"PT_HPUGRAPH_DISABLE_TENSOR_CACHE": value}},
                 Level.ERROR,
                 f"={value} would let graphs overwrite your batches",
                 "Unset it",
@@ -100,7 +140,7 @@ def test_what_does_not_work_together_comes_with_a_remedy(
     assert [finding.level for finding in found] == [level]
     assert text in found[0].text
     assert remedy in found[0].remedy
-    assert diagnosis.healthy == (level == Level.WARNING)
+    assert diagnosis.healthy == (level != Level.ERROR)
     assert remedy in printed(diagnosis)
 
 
@@ -114,6 +154,9 @@ def test_what_does_not_work_together_comes_with_a_remedy(
         {"lightning": "2.6.6", "lightning_habana": None},
         {"python": "3.10.0"},
         {"python": "3.15.0"},
+        {"environment": {"PT_HPU_RECIPE_CACHE_CONFIG": "/r,,,true"}},
+        {"environment": {"PT_HPU_RECIPE_CACHE_CONFIG": "/r,False,0,"}, "bridge": "1.19.0"},
+        {"environment": CACHED | {"PT_COMPILE_ONLY_MODE": "0"}},
     ],
 )
 def test_the_bounds_are_supported(changes: dict[str, object]) -> None:
@@ -132,6 +175,47 @@ def test_without_the_packages_metadata_nothing_is_known_of_versions(monkeypatch:
     assert "but not installed" in unknown.text
     assert "pip install" in unknown.remedy
     assert not examine(dataclasses.replace(GAUDI, lightning="2.6.2")).healthy
+
+
+def test_the_page_says_what_decides_the_mode() -> None:
+    for lazy in (True, False):
+        unset = printed(examine(dataclasses.replace(GAUDI, lazy=lazy, environment=CACHED)))
+        assert "no longer develops" in unset
+        assert "PT_HPU_LAZY_MODE is unset: its release decides" in unset
+        assert "its release decides" not in printed(examine(dataclasses.replace(GAUDI, lazy=lazy)))
+
+
+def test_the_json_has_what_a_bug_report_needs_and_the_page_stays_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert f"PyTorch version: {facts['torch']}" in facts["system"]
+    assert any(line.startswith("OS: ") for line in facts["system"])
+    main(["doctor"])
+    page = capsys.readouterr().out
+    assert "OS: " not in page
+    assert "doctor --json" in page
+
+
+def test_a_system_that_cannot_be_described_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise OSError("no lscpu")
+
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", fail)
+    assert gather_facts().system == ("torch.utils.collect_env failed: OSError: no lscpu",)
+
+
+@pytest.mark.parametrize(
+    ("value", "state"),
+    [("{}/new/deep,false", "usable"), ("{}/file", "impossible"), ("", ""), (",false", ""), ("a,b", "")],
+)
+def test_the_folder_of_the_recipes_is_looked_at(
+    value: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PT_HPU_RECIPE_CACHE_CONFIG", value.format(tmp_path))
+    facts = gather_facts()
+    assert facts.recipe_folder == state
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_stock_torch_is_fine_in_eager_mode() -> None:
