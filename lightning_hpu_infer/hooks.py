@@ -17,10 +17,10 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 
 from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
 from lightning_hpu_infer.observer import Observer, Stage
-from lightning_hpu_infer.transfer import to_host
 
 Hook = Callable[..., Any]
 _STAGES = {"on_predict_batch_start": Stage.START_HOOKS, "on_predict_batch_end": Stage.END_HOOKS}
@@ -167,7 +167,8 @@ def _unchanged(batch: Any, dataloader_idx: int) -> Any:
 
 
 def _transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-    return to_host(batch) if device.type == "cpu" else move_data_to_device(batch, device)
+    # The most common batch of all, without a search for what it may hold.
+    return batch.cpu() if type(batch) is Tensor and device.type == "cpu" else move_data_to_device(batch, device)
 
 
 def step_of(strategy: Strategy) -> tuple[Hook, Callable[[], AbstractContextManager[Any]] | None]:

@@ -19,9 +19,10 @@ from lightning_hpu_infer.lengths.order import Reordered
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
+from lightning_hpu_infer.ownership import may_reuse_memory
 from lightning_hpu_infer.pipeline import DeviceStep, InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.source import host_batches, may_reuse_memory, warmed_up
+from lightning_hpu_infer.source import host_batches, warmed_up
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 
@@ -269,16 +270,17 @@ class PipelinedPredictionLoop(PredictionLoop):
         return self.config.prefetch_depth(self.trainer.strategy.root_device.type)
 
     def _host_batches(self, depth: int) -> Iterator[Batch]:
-        ahead = bool(self.config.pipelining)
+        in_flight = self.config.in_flight_depth(self.trainer.strategy.root_device.type)
+        ahead = depth > 0 or in_flight > 0 or self.config.pipelining == "auto"
         return host_batches(
             self._data_fetcher,  # `iter()` of it would start the dataloaders again
-            clones=[ahead and may_reuse_memory(loader) for loader in self._combined_loader.flattened],
+            reused=[ahead and may_reuse_memory(loader) for loader in self._combined_loader.flattened],
             convert=self._hooks.before_transfer,
             buckets=self._buckets,
             pins=self._pins,
             observer=self._observer,
             lane=Lane.PREFETCH if depth else Lane.MAIN,
-            progress=None if ahead else self.batch_progress,
+            progress=None if self.config.pipelining else self.batch_progress,
         )
 
     def _warmed_up(self, prepared: Iterator[Batch]) -> Iterator[Batch]:

@@ -26,21 +26,49 @@ def with_parts(data: Any, parts: dict[Any, Any]) -> Any:
     """A copy of a collection that has other parts under the same names.
 
     It is of the same type and keeps what is no part: attributes, the encodings of a `BatchEncoding`, a default factory.
-    Its constructor is called only for tuples and for mappings that cannot be assigned to.
+    Attributes that are parts too have the other ones. No constructor is called, but for mappings that cannot be
+    assigned to.
+
+    Raises:
+        Exception: Whatever the class raises if it allows no copies.
     """
-    if isinstance(data, tuple) and hasattr(data, "_make"):
-        return data._make(parts.values())
     if isinstance(data, tuple):
-        return type(data)(parts.values())
+        return _tuple_with_parts(data, parts)
     if isinstance(data, Mapping) and not isinstance(data, MutableMapping):
         return type(data)(parts)  # type: ignore[call-arg]
-    data = copy.copy(data)
-    for name, part in parts.items():
-        if isinstance(data, MutableMapping | list | deque | UserList):
-            data[name] = part
-        else:
-            object.__setattr__(data, name, part)  # the dataclass may be frozen
-    return data
+    copied = copy.copy(data)
+    if copied is data:
+        raise TypeError(f"{type(data).__name__} gives itself for a copy.")
+    if isinstance(copied, MutableMapping | list | deque | UserList):
+        for name, part in parts.items():
+            copied[name] = part
+        _set_attributes(copied, data, parts)
+    else:
+        for name, part in parts.items():
+            object.__setattr__(copied, name, part)  # the dataclass may be frozen
+    return copied
+
+
+def _tuple_with_parts(data: Any, parts: dict[Any, Any]) -> Any:
+    try:
+        copied: Any = tuple.__new__(type(data), parts.values())
+    except TypeError:  # `torch.Size`, and what `torch.max` returns
+        return type(data)(parts.values())
+    if hasattr(data, "__dict__"):
+        vars(copied).update(vars(data))
+    return copied
+
+
+def _set_attributes(copied: Any, data: Any, parts: dict[Any, Any]) -> None:
+    """The attributes through which parts of a collection can be had as well, as `batch.x` for `batch["x"]`."""
+    attributes = getattr(data, "__dict__", None)
+    if not attributes:
+        return
+    if attributes is data:
+        copied.__dict__ = copied
+        return
+    names = {id(part): name for name, part in (parts_of(data) or {}).items()}
+    vars(copied).update({name: parts[names[id(part)]] for name, part in attributes.items() if id(part) in names})
 
 
 def tensors_in(data: Any) -> Iterator[Tensor]:
@@ -77,12 +105,19 @@ def map_leaves(
         function: Gives what to use in place of a tensor or leaf, or that itself.
         data: Any object. Those that are neither a leaf nor a collection that this module knows stay as they are.
         leaf: Tells objects, collections or not, that are given to `function` instead of walked.
-        copies: Whether all collections are new ones. Otherwise one in which nothing changes is returned itself.
+        copies: Whether all collections are new ones. Otherwise one in which nothing changes, or whose class allows no
+            copies, is returned itself.
     """
     if isinstance(data, Tensor) or (leaf is not None and leaf(data)):
         return function(data)
     if (parts := parts_of(data)) is None or not (parts or copies):
         return data
     mapped = {name: map_leaves(function, part, leaf, copies=copies) for name, part in parts.items()}
-    changed = copies or any(mapped[name] is not part for name, part in parts.items())
-    return with_parts(data, mapped) if changed else data
+    if not copies and all(mapped[name] is part for name, part in parts.items()):
+        return data
+    try:
+        return with_parts(data, mapped)
+    except Exception:
+        if copies:
+            raise
+        return data

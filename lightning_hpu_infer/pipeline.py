@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import StepGraphs, graph_kind
+from lightning_hpu_infer.ownership import may_reuse_memory, owned
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 
@@ -116,6 +118,7 @@ class InferencePipeline:
         if self.config.pipelining == "auto":
             raise ValueError("`pipelining='auto'` needs a Trainer. Choose `prefetch` and `in_flight` here.")
         self.device: torch.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
+        self._on_hpu = self.device.type == _habana.DEVICE_TYPE
         kind = graph_kind(self.device, self.config)
         model = model.eval().to(self.device)
         self._attached = ExitStack()
@@ -146,12 +149,12 @@ class InferencePipeline:
         self._attached.close()
 
     def push(self, batch: Any) -> None:
-        """Launch a batch of host tensors. Does not wait for the device.
+        """Launch a batch of host tensors, whose memory may be filled again afterwards. Does not wait for the device.
 
         Raises:
             RuntimeError: If the pipeline is closed.
         """
-        self._pushed.launch(self._prepare(batch))
+        self._pushed.launch(self._prepare(batch, reused=self._on_hpu))
 
     def pop(self) -> Any:
         """Wait for the oldest batch pushed and return its output with host tensors.
@@ -171,7 +174,10 @@ class InferencePipeline:
         """
         in_flight = InFlight(self._launch, self._depth)
         ahead = self.config.prefetch_depth(self.device.type)
-        with Prefetcher(map(self._prepare, batches), ahead, torch.inference_mode) as prepared:
+        # On the CPU a batch is done with when it is launched.
+        reused = may_reuse_memory(batches) and (self._on_hpu or ahead > 0)
+        prepare = partial(self._prepare, reused=reused)
+        with Prefetcher(map(prepare, batches), ahead, torch.inference_mode) as prepared:
             for batch in prepared:
                 in_flight.launch(batch)
                 if in_flight.over_capacity:
@@ -179,8 +185,11 @@ class InferencePipeline:
         while in_flight:
             yield self._retire(in_flight)
 
-    def _prepare(self, batch: Any) -> Any:
-        return pin(batch) if self.config.async_copy and self.device.type == _habana.DEVICE_TYPE else batch
+    def _prepare(self, batch: Any, *, reused: bool) -> Any:
+        """The batch in memory that the device reads by itself, and that its owner does not write if it may."""
+        if self.config.async_copy and self._on_hpu:
+            return pin(batch, owns=reused)
+        return owned(batch) if reused else batch
 
     def _launch(self, batch: Any) -> PendingOutput:
         if self._closed:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, default_convert
 from tqdm.auto import tqdm
 
 from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.transfer import clone, pin
+from lightning_hpu_infer.ownership import owned
+from lightning_hpu_infer.transfer import pin
 
 Prepare = Callable[[Any, int], tuple[Any, Lengths | None]]
 
@@ -21,7 +21,7 @@ Prepare = Callable[[Any, int], tuple[Any, Lengths | None]]
 def host_batches(
     fetcher: Any,
     *,
-    clones: Sequence[bool],
+    reused: Sequence[bool],
     convert: Callable[[Any, int], Any] | None,
     buckets: Buckets,
     pins: bool,
@@ -29,13 +29,14 @@ def host_batches(
     lane: Lane,
     progress: Any = None,
 ) -> Iterator[Batch]:
-    """Fetch batches and prepare each: clone, convert, pad, pin. Advancing this is the prefetch thread's work.
+    """Fetch batches and prepare each: convert, pad, pin, own. Advancing this is the prefetch thread's work.
 
     Ends where a stage raises `StopIteration`, as stock Lightning does.
 
     Args:
         fetcher: Lightning's data fetcher, whose iteration has begun.
-        clones: Per dataloader, whether its batches are memory that it may fill again.
+        reused: Per dataloader, whether its batches may be memory that it fills again, and are copied before it is asked
+            for another. Copied last, so that hooks before the transfer get the loader's objects, as in stock Lightning.
         convert: The hooks before the transfer: `(data, dataloader_idx) -> data`.
         buckets: Pads batches.
         pins: Whether inputs go through pinned memory.
@@ -44,10 +45,12 @@ def host_batches(
         progress: The loop's `batch_progress`, if hooks before the transfer are to see whether a batch is the last one.
     """
     fetch = observer.wrap(Stage.FETCH, partial(next, fetcher), lane)
-    prepare = _prepare(clones, convert, buckets)
+    prepare = _prepare(convert, buckets)
     if prepare is not None:
         prepare = observer.wrap(Stage.PREPARE, prepare, lane)
-    pinned = observer.wrap(Stage.PIN, pin, lane) if pins else None
+    keep = _keep(reused, pins)
+    if keep is not None:
+        keep = observer.wrap(Stage.PIN if pins else Stage.PREPARE, keep, lane)
     for index in count():
         observer.at(index, lane)
         try:
@@ -57,21 +60,19 @@ def host_batches(
                 progress.is_last_batch = is_last
             if prepare is not None:
                 data, lengths = prepare(data, dataloader_idx)
-            if pinned is not None:
-                data = pinned(data)
+            if keep is not None:
+                data = keep(data, dataloader_idx)
         except StopIteration:
             return
         yield Batch(index, data, batch_idx, dataloader_idx, is_last, lengths)
 
 
-def _prepare(clones: Sequence[bool], convert: Callable[[Any, int], Any] | None, buckets: Buckets) -> Prepare | None:
+def _prepare(convert: Callable[[Any, int], Any] | None, buckets: Buckets) -> Prepare | None:
     """The host work on each batch; None if there is none."""
-    if convert is None and not buckets.pads and not any(clones):
+    if convert is None and not buckets.pads:
         return None
 
     def prepare(data: Any, dataloader_idx: int) -> tuple[Any, Lengths | None]:
-        if clones[dataloader_idx]:
-            data = clone(data)
         if convert is not None:
             data = convert(data, dataloader_idx)
         return buckets.pad(data)
@@ -79,9 +80,17 @@ def _prepare(clones: Sequence[bool], convert: Callable[[Any, int], Any] | None, 
     return prepare
 
 
-def may_reuse_memory(loader: object) -> bool:
-    """Whether a loader may yield the same memory for every batch; a `DataLoader` that collates makes new tensors."""
-    return not isinstance(loader, DataLoader) or loader.collate_fn is default_convert
+def _keep(reused: Sequence[bool], pins: bool) -> Callable[[Any, int], Any] | None:
+    """Moves each batch to memory that is read by the device, or that no loader writes; None if none needs that."""
+    if not pins and not any(reused):
+        return None
+
+    def keep(data: Any, dataloader_idx: int) -> Any:
+        if pins:
+            return pin(data, owns=reused[dataloader_idx])
+        return owned(data) if reused[dataloader_idx] else data
+
+    return keep
 
 
 def warmed_up(
@@ -108,7 +117,7 @@ def warmed_up(
         rank_zero_warn("`warm_up=True`: the buckets are not known before the first run, so there are none to warm up.")
     with torch.random.fork_rng(devices=[]):
         for length in tqdm((buckets.chosen or [])[::-1], desc="Warming up", unit="bucket", disable=quiet):
-            data = clone(buckets.spec.pad(buckets.spec.narrow(first.data, length), length))
+            data = owned(buckets.spec.pad(buckets.spec.narrow(first.data, length), length))
             for _ in range(times):
                 run(data, first)
     return chain([first], batches)

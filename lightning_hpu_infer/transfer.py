@@ -1,6 +1,6 @@
 """Copies between host and device, in both directions: inputs that nobody waits for, outputs that are complete."""
 
-from collections import Counter, UserDict, deque
+from collections import Counter, deque
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.nested import map_leaves, map_tensors
 from lightning_hpu_infer.observer import Observer, Stage
+from lightning_hpu_infer.ownership import copy_of, moves_itself, owned
 
 _HOST = torch.device("cpu")
 
@@ -21,7 +22,7 @@ def to_host(data: Any) -> Any:
 
     Lightning builds each anew by its constructor, which not every class can do (2.6 `apply_func.py`).
     """
-    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=_moves_itself, copies=True)
+    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=moves_itself, copies=True)
 
 
 def fetch(data: Any, device: torch.device, observer: Observer, batch: int | None) -> Any:
@@ -36,15 +37,10 @@ def _leaf_to_host(leaf: Any) -> Any:
     return leaf.cpu() if isinstance(leaf, Tensor) else move_data_to_device(leaf, _HOST)
 
 
-def clone(data: Any) -> Any:
-    """A collection with copies of its tensors, for memory that its owner may write again. Any thread, any device."""
-    return map_tensors(Tensor.clone, data)
-
-
 # To the device
 
 
-def pin(batch: Any) -> Any:
+def pin(batch: Any, *, owns: bool = False) -> Any:
     """Copy the host tensors of a batch to pinned memory, from where the device reads them without the host's help.
 
     Every tensor gets a new buffer that nobody writes again. So there is no moment at which a buffer could be reused too
@@ -53,21 +49,32 @@ def pin(batch: Any) -> Any:
     Safe in any thread: it allocates host memory and touches no device tensor.
 
     Args:
-        batch: Any collection of host tensors of any shape and dtype. Tensors that are pinned, sparse, or of a dtype
-            that the bridge converts on the host, and objects with a `.to` method, stay as they are.
+        batch: Any collection of host tensors of any shape and dtype. Tensors that are pinned or not plain (sparse,
+            nested, quantized, of a class of the user's), or of a dtype that the bridge converts on the host, and
+            objects with a `.to` method, stay as they are.
+        owns: Whether all other memory in the batch is copied too, as `owned` does.
     """
-    return map_tensors(_pin_tensor, batch, leaf=_moves_itself)
+    return owned(batch, _pinned_copy) if owns else map_tensors(_pin_tensor, batch, leaf=moves_itself)
 
 
 def _pin_tensor(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cpu" or tensor.is_sparse or not tensor.numel() or _habana.cast_on_host(tensor.dtype):
+    if (
+        type(tensor) is not Tensor
+        or tensor.device.type != "cpu"
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+        or tensor.is_quantized
+        or not tensor.numel()
+        or _habana.cast_on_host(tensor.dtype)
+    ):
         return tensor
     return tensor.pin_memory(_habana.DEVICE_TYPE)
 
 
-def _moves_itself(data: Any) -> bool:
-    # A `BatchEncoding` has a `.to`, which moves the tensors that it holds.
-    return hasattr(data, "to") and not isinstance(data, UserDict)
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    pinned = _pin_tensor(tensor)
+    # Of one that is pinned already, it gives that one itself.
+    return pinned if pinned is not tensor else _pin_tensor(copy_of(tensor))
 
 
 # To the host
