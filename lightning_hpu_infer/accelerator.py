@@ -63,8 +63,10 @@ class HPUInferenceAccelerator(Accelerator):
             at once; "auto" begins with 1 everywhere. Used when `pipelining`.
         depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where
             `pipelining="auto"` raises the depths.
-        defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors. False keeps stock
-            Lightning's hook order and device tensors and delays only the stored predictions. Used when `pipelining`.
+        defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches.
+            "auto" does so where all that there are can be late without a difference: those of prediction writers, of
+            Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
+            tensors, as stock Lightning does, and delay only the stored predictions. Used when `pipelining`.
         bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them.
         num_buckets: Lengths that "auto" chooses at most, 1 to 1024.
         bucket_multiple: Lengths that "auto" chooses are multiples of this, 1 to 65536.
@@ -100,7 +102,7 @@ class HPUInferenceAccelerator(Accelerator):
         prefetch: int | None = None,
         in_flight: int | None = None,
         depth_memory: int = 2**30,
-        defer_hooks: bool = True,
+        defer_hooks: bool | Literal["auto"] = "auto",
         bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
         num_buckets: int = 8,
         bucket_multiple: int = 8,
@@ -178,9 +180,9 @@ class HPUInferenceAccelerator(Accelerator):
         kind = graph_kind(device, self.config)  # raises early where it cannot be
         if kind is not None and trainer.state.fn == TrainerFn.PREDICTING:
             _trace_instead_of_compiling(trainer.lightning_module)
-        if trainer.state.fn != TrainerFn.PREDICTING:
+        if trainer.state.fn != TrainerFn.PREDICTING and isinstance(trainer.predict_loop, PipelinedPredictionLoop):
             # Other runs need the device's memory and change the weights.
-            trainer.predict_loop.release_graphs()  # type: ignore[attr-defined]
+            trainer.predict_loop.release_graphs()
 
     def teardown(self) -> None:
         """Nothing of the device is ours; graphs stay with the Trainer for its next prediction."""

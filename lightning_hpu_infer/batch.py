@@ -25,6 +25,8 @@ class Batch:
     """Its length before and after padding; None if it was not padded."""
     wanted: bool = False
     """Whether its prediction is returned or written."""
+    late_hooks: list[Any] | None = None
+    """Its end hooks, if they run when its output has arrived; None if they run right after its step."""
     hook_args: tuple[Any, ...] = ()
     """What its hooks and its step are called with: the batch on the device, and its indices."""
     sample_indices: Any = None

@@ -105,9 +105,11 @@ class InferenceConfig:
     """Bytes that the batches ahead, and the batches and outputs behind, may take where `pipelining="auto"` raises the
     depths."""
 
-    defer_hooks: bool = True
-    """Run the end hooks of a batch when its output has arrived, with host tensors. False keeps stock Lightning's hook
-    order and device tensors and delays only the stored predictions. Used when `pipelining`."""
+    defer_hooks: bool | Literal["auto"] = "auto"
+    """Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches. "auto" does so
+    where all that there are can be late without a difference: those of prediction writers, of Lightning's callbacks and
+    ours. False, and "auto" otherwise, run them right after the step with device tensors, as stock Lightning does, and
+    delay only the stored predictions. Used when `pipelining`."""
 
     # Lengths
 
@@ -137,8 +139,10 @@ class InferenceConfig:
     """A folder to which every run writes where its time went: `trace.json`, `report.json` and `timeline.png`."""
 
     def __post_init__(self) -> None:
-        for name in ("async_copy", "defer_hooks", "async_output", "pad_batch", "warm_up"):
+        for name in ("async_copy", "async_output", "pad_batch", "warm_up"):
             _check_type(name, getattr(self, name), bool)
+        if not (type(self.defer_hooks) is bool or self.defer_hooks == "auto"):
+            raise TypeError(f"`defer_hooks` must be True, False or 'auto', got {self.defer_hooks!r}.")
         if not (type(self.pipelining) is bool or self.pipelining == "auto"):
             raise TypeError(f"`pipelining` must be True, False or 'auto', got {self.pipelining!r}.")
         if not (type(self.hpu_graphs) is bool or self.hpu_graphs in ("hpu_graph", "compile", "direct")):

@@ -1,13 +1,11 @@
-"""The hooks of one run, looked up once instead of once per batch.
+"""The hooks of one run, with as little as possible looked up per batch.
 
 What is called, in which order, with which profiler span and which `_current_fx_name`, is as in Lightning's
 `trainer/call.py`. Stock Lightning resolves all of it anew for every batch, which costs it about half of its host time.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -17,19 +15,42 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
 from lightning_hpu_infer.observer import Observer, Stage
 
 Hook = Callable[..., Any]
-_STAGES = {"on_predict_batch_start": Stage.START_HOOKS, "on_predict_batch_end": Stage.END_HOOKS}
+_START, _END = "on_predict_batch_start", "on_predict_batch_end"
+_STAGES = {_START: Stage.START_HOOKS, _END: Stage.END_HOOKS}
+_PACKAGES = ("lightning.", "lightning_hpu_infer.")
+
+
+class BatchHook(NamedTuple):
+    """One hook of a batch, and whose it is."""
+
+    listener: Any
+    """A callback, or the LightningModule."""
+    hook: Hook
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether an end hook may run after later steps: that of a writer, of Lightning's classes or of ours.
+
+        Any other may change weights, the module's state or the batch, or read them.
+        """
+        kind, function = type(self.listener), getattr(self.hook, "__func__", None)
+        if isinstance(self.listener, BasePredictionWriter) and not kind.__module__.startswith(_PACKAGES):
+            return function is BasePredictionWriter.on_predict_batch_end
+        return kind.__module__.startswith(_PACKAGES) and getattr(function, "__module__", "").startswith(_PACKAGES)
 
 
 class BatchHooks:
     """What a prediction loop calls for every batch.
 
-    Without a profiler, hooks that nobody overrides are left out, since only their span could be noticed.
+    Without a profiler, hooks that nobody overrides are left out, since only their span could be noticed. Callbacks that
+    are added and hooks that are replaced during the run are called as in stock Lightning.
 
     Args:
         trainer: A `Trainer` whose run has started: callbacks and datamodule are final.
@@ -40,7 +61,7 @@ class BatchHooks:
     start: Hook
     """`on_predict_batch_start` of all callbacks and the module: `(batch, batch_idx[, dataloader_idx])`."""
     end: Hook
-    """`on_predict_batch_end`, likewise, with the outputs first."""
+    """`on_predict_batch_end`, likewise, with the end hooks to call and the outputs first; None for all there are."""
     before_transfer: Hook | None
     """The precision plugin's `convert_input` and `on_before_batch_transfer`: `(batch, dataloader_idx) -> batch`.
 
@@ -50,48 +71,67 @@ class BatchHooks:
     """The strategy's `batch_to_device`: `(batch, dataloader_idx) -> batch`."""
     step: Hook
     """The strategy's `predict_step`: `(batch, batch_idx[, dataloader_idx]) -> output`."""
-    end_reads_outputs: bool
-    """Whether any end hook could read an output. Lightning's own progress bars do not."""
-
     reads_indices: bool
     """Whether a prediction writer reads the indices of a batch's samples."""
 
     def __init__(self, trainer: Any, *, threaded: bool, observer: Observer) -> None:
         self._trainer = trainer
         self._observer = observer
+        self._told = False
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
-        self.start = self._batch_hook("on_predict_batch_start")
-        self.end = self._batch_hook("on_predict_batch_end")
-        self.end_reads_outputs = any(
-            not _is_stock("on_predict_batch_end", listener) and not _is_lightnings_bar(listener)
-            for listener in self._listeners()
-        )
+        self.start = self._batch_hook(_START, self._call_start)
+        self.end = self._batch_hook(_END, self._call_end)
         self.reads_indices = any(isinstance(callback, BasePredictionWriter) for callback in trainer.callbacks)
         self.before_transfer = self._before_transfer(named=not threaded)
         self.to_device = self._to_device()
         self.step = observer.wrap(Stage.LAUNCH, self._step())
 
-    def _listeners(self) -> list[Any]:
-        return [*self._trainer.callbacks, self._module]
+    def late_end_hooks(self, defer: bool | Literal["auto"]) -> list[BatchHook] | None:
+        """The end hooks that stock Lightning would call now, if they may run later; None if they may not.
 
-    def _batch_hook(self, name: str) -> Hook:
-        calls = []
-        for listener in self._listeners():
-            if self._profiler is None and _is_stock(name, listener):
-                continue
-            hook, span = getattr(listener, name), f"[LightningModule]{type(listener).__name__}.{name}"
+        Args:
+            defer: The option `defer_hooks`.
+        """
+        hooks = list(self._hooks_now(_END)) if defer else []
+        unsafe = [hook for hook in hooks if not hook.may_be_late] if defer == "auto" else []
+        if unsafe and not self._told:
+            self._told = True
+            whose = ", ".join(dict.fromkeys(type(hook.listener).__name__ for hook in unsafe))
+            rank_zero_info(
+                f"`{_END}` of {whose} may change, or read, what later steps change, so end hooks run right after each"
+                " step, as in stock Lightning. If they use their arguments only, pass `defer_hooks=True`: they then run"
+                " when outputs have arrived, while the device is busy with later batches."
+            )
+        return None if unsafe or not defer else hooks
+
+    def _hooks_now(self, name: str) -> Iterable[BatchHook]:
+        """The hooks of that name, of the callbacks first; those that a callback adds meanwhile are among them."""
+        for callback in self._trainer.callbacks:
+            hook = getattr(callback, name)
+            if self._profiler is not None or not _is_stock(name, hook):
+                yield BatchHook(callback, hook)
+        hook = getattr(self._module, name)
+        if self._profiler is not None or not _is_stock(name, hook):
+            yield BatchHook(self._module, hook)
+
+    def _call_start(self, *args: Any) -> None:
+        self._call(_START, self._hooks_now(_START), args)
+
+    def _call_end(self, hooks: list[BatchHook] | None, *args: Any) -> None:
+        self._call(_END, self._hooks_now(_END) if hooks is None else hooks, args)
+
+    def _call(self, name: str, hooks: Iterable[BatchHook], args: tuple[Any, ...]) -> None:
+        for listener, hook in hooks:
+            span, given = f"[LightningModule]{type(listener).__name__}.{name}", args
             if listener is not self._module:
-                hook, span = partial(hook, self._trainer, self._module), f"[Callback]{listener.state_key}.{name}"
-            calls.append(self._spanned(span, hook))
+                span, given = f"[Callback]{listener.state_key}.{name}", (self._trainer, self._module, *args)
+            self._spanned(span, hook)(*given)
 
-        def call_all(*args: Any) -> None:
-            for call in calls:
-                call(*args)
-
-        if not calls:
-            return call_all
-        return self._observer.wrap(_STAGES[name], self._named(name, call_all))
+    def _batch_hook(self, name: str, call: Hook) -> Hook:
+        called = self._named(name, call)
+        # A stage in which nothing can happen is not observed.
+        return self._observer.wrap(_STAGES[name], called) if any(self._hooks_now(name)) else called
 
     def _step(self) -> Hook:
         step = self._strategy_hook("predict_step", self._trainer.strategy.predict_step)
@@ -131,7 +171,7 @@ class BatchHooks:
     def _data_hook(self, name: str, *, named: bool = True) -> Hook:
         """A hook that belongs to the module unless the datamodule overrides it."""
         owner = datahook_owner(self._trainer, name)
-        if self._profiler is None and _is_stock(name, owner):
+        if self._profiler is None and _is_stock(name, getattr(owner, name)):
             return _transfer if name == "transfer_batch_to_device" else _unchanged
         kind = "LightningModule" if owner is self._module else "LightningDataModule"
         hook = self._spanned(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
@@ -152,14 +192,20 @@ class BatchHooks:
         return with_fx_name(self._module, name, hook)
 
 
-def _is_stock(name: str, owner: object) -> bool:
+def _is_stock(name: str, hook: Hook) -> bool:
     """Whether a hook is Lightning's default, whose effect is known. Any other hook is called."""
-    function = getattr(getattr(owner, name), "__func__", None)
-    return any(function is getattr(base, name, owner) for base in (Callback, LightningModule, LightningDataModule))
+    function = getattr(hook, "__func__", None)
+    return function is not None and any(
+        function is getattr(base, name, None) for base in (Callback, LightningModule, LightningDataModule)
+    )
 
 
-def _is_lightnings_bar(listener: object) -> bool:
-    return isinstance(listener, ProgressBar) and type(listener).__module__.startswith("lightning.")
+def reads_outputs(hooks: Iterable[BatchHook]) -> bool:
+    """Whether any of them could read an output. Lightning's own progress bars do not."""
+    return not all(
+        isinstance(listener, ProgressBar) and type(listener).__module__.startswith("lightning.")
+        for listener, _ in hooks
+    )
 
 
 def _unchanged(batch: Any, dataloader_idx: int) -> Any:
@@ -169,30 +215,6 @@ def _unchanged(batch: Any, dataloader_idx: int) -> Any:
 def _transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     # The most common batch of all, without a search for what it may hold.
     return batch.cpu() if type(batch) is Tensor and device.type == "cpu" else move_data_to_device(batch, device)
-
-
-def step_of(strategy: Strategy) -> tuple[Hook, Callable[[], AbstractContextManager[Any]] | None]:
-    """What `strategy.predict_step` calls, and the precision plugin's context around it, where they can be told apart.
-
-    The context is None where the plugin has none, or where a strategy's own `predict_step` enters it.
-    """
-    module, precision = strategy.lightning_module, strategy.precision_plugin
-    if (
-        module is None
-        or strategy.model is not module
-        or getattr(strategy.predict_step, "__func__", None) is not Strategy.predict_step
-    ):
-        return strategy.predict_step, None
-    plain = (
-        type(precision).predict_step_context is Precision.predict_step_context
-        and type(precision).forward_context is Precision.forward_context
-    )
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        # Looked up at each call: a hook may replace it.
-        return module.predict_step(*args, **kwargs)
-
-    return step, None if plain else precision.predict_step_context
 
 
 def uses_dataloader_iter(module: LightningModule) -> bool:

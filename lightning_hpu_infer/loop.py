@@ -1,9 +1,9 @@
 """The prediction loop: batches are prepared ahead, launched, retired behind, and finished with their end hooks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -13,18 +13,21 @@ from lightning_hpu_infer._lightning import FETCH_SPAN, PredictionLoop, no_grad_c
 from lightning_hpu_infer.batch import Batch, counters_of, shown_to_hooks
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
-from lightning_hpu_infer.hooks import BatchHooks, Hook, step_of, uses_dataloader_iter
+from lightning_hpu_infer.hooks import BatchHooks, reads_outputs, uses_dataloader_iter
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
 from lightning_hpu_infer.lengths.order import Reordered
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.ownership import may_reuse_memory
-from lightning_hpu_infer.pipeline import DeviceStep, InFlight
+from lightning_hpu_infer.pipeline import InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.source import host_batches, warmed_up
+from lightning_hpu_infer.step import step_on_device
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
+
+T = TypeVar("T")
 
 
 class PipelinedPredictionLoop(PredictionLoop):
@@ -44,6 +47,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     _observer: Observer
     _tuner: DepthTuner | None
     _async_outputs: AsyncOutputs | None
+    _in_flight: InFlight[Batch]
     _reordered: list[Reordered]
 
     @classmethod
@@ -51,8 +55,16 @@ class PipelinedPredictionLoop(PredictionLoop):
         """Turn a trainer's prediction loop into this class, in place.
 
         A new object would lose what the trainer has attached to the loop when the accelerator is set up: data source,
-        `return_predictions`, totals of earlier runs (Lightning 2.6 `trainer.py`).
+        `return_predictions`, totals of earlier runs (Lightning 2.6 `trainer.py`). A loop of the user's own class stays
+        as it is.
         """
+        if type(loop) not in (PredictionLoop, cls):
+            rank_zero_warn(
+                f"`trainer.predict_loop` is a {type(loop).__qualname__}, which runs as it is: on the accelerator's"
+                " device, but without graphs, asynchronous copies, pipelining and the other options of"
+                " `HPUInferenceAccelerator`. To have them, leave the Trainer's loop in place."
+            )
+            return
         loop.__class__ = cls
         state = loop.__dict__
         if state.get("config") is not config:
@@ -67,9 +79,9 @@ class PipelinedPredictionLoop(PredictionLoop):
             # Such a step fetches its batches itself, so there is nothing to prepare ahead.
             if self.config.trace is not None:
                 rank_zero_warn("`trace` has no effect: `predict_step` fetches its batches itself (`dataloader_iter`).")
-            with self._step_on_device(Observer()):
+            with step_on_device(self.trainer.strategy, self._graphs_of_run, Observer()):
                 return super().run()
-        with self._recorded() as trace, self._step_on_device(trace):
+        with self._recorded() as trace, step_on_device(self.trainer.strategy, self._graphs_of_run, trace):
             return self._run(trace)
 
     @no_grad_context
@@ -85,6 +97,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         self._observer, self._tuner = trace, None
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, observer=trace)
         self._async_outputs = AsyncOutputs() if self.config.async_output else None
+        self._in_flight = InFlight(self._launch, self.config.in_flight_depth(self.trainer.strategy.root_device.type))
         # Grad and inference mode are per thread.
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
@@ -93,7 +106,9 @@ class PipelinedPredictionLoop(PredictionLoop):
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
-            del self._hooks, self._observer, self._async_outputs
+            self._in_flight.clear()
+            # An error's traceback holds this object; what was in flight must not live as long.
+            del self._hooks, self._observer, self._async_outputs, self._in_flight
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Prefetcher[Batch]) -> None:
@@ -104,38 +119,37 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _predict_pipelined(self, prepared: Prefetcher[Batch]) -> None:
         """The order of the stages: batches are prepared ahead, launched, and retired behind."""
-        in_flight = InFlight(self._launch, self.config.in_flight_depth(self.trainer.strategy.root_device.type))
+        in_flight = self._in_flight
         self._observer = self._tuned(prepared, in_flight)
         take = self._observer.wrap(Stage.WAIT_INPUT, partial(next, self._warmed_up(prepared), None))
         dataloader_idx = 0
-        try:
-            while (batch := self._take(take, in_flight)) is not None:
-                if batch.dataloader_idx != dataloader_idx:
-                    # Progress bars start anew with a loader's first start hook.
-                    self._drain(in_flight)
-                    dataloader_idx = batch.dataloader_idx
-                try:
-                    in_flight.launch(batch)
-                except StopIteration:
-                    break
-                while in_flight.over_capacity:
-                    self._retire(in_flight)
-            self._drain(in_flight)
-        finally:
-            # An error's traceback holds this frame and so this object; what was in flight must not live as long.
-            in_flight.clear()
+        while (batch := self._completing(take)) is not None:
+            if batch.dataloader_idx != dataloader_idx:
+                # Progress bars start anew with a loader's first start hook.
+                self._drain()
+                dataloader_idx = batch.dataloader_idx
+            self._completing(in_flight.launch, batch)
+            while in_flight.over_capacity:
+                self._retire()
+        self._drain()
 
-    def _take(self, take: Callable[[], Batch | None], in_flight: InFlight[Batch]) -> Batch | None:
+    def _completing(self, stage: Callable[..., T], *args: Any) -> T:
+        """Run a stage; if it fails, complete the batches that were launched before first, as in stock Lightning.
+
+        If completing them fails as well, the error of the stage is the one to see.
+        """
         try:
-            return take()
-        except Exception:
-            # In stock Lightning the batches before the faulty one are finished by then.
-            self._drain(in_flight)
+            return stage(*args)
+        except BaseException as error:
+            try:
+                self._drain()
+            except BaseException:
+                raise error  # noqa: B904 (the other one is its context)
             raise
 
-    def _drain(self, in_flight: InFlight[Batch]) -> None:
-        while in_flight:
-            self._retire(in_flight)
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._retire()
 
     # Launch
 
@@ -143,20 +157,28 @@ class PipelinedPredictionLoop(PredictionLoop):
         """Enqueue one batch without waiting for the device."""
         output = self._step(batch)
         fetch = batch.wanted
-        if self.config.defer_hooks:
-            fetch |= self._hooks.end_reads_outputs
+        batch.late_hooks = self._hooks.late_end_hooks(self.config.defer_hooks if self._overlaps else True)
+        if batch.late_hooks is not None:
+            fetch |= reads_outputs(batch.late_hooks)
         else:
+            # In stock Lightning all batches before are stored when a batch's end hooks run.
+            self._drain()
             output = self._buckets.cut(output, batch.lengths)
             self._end(batch, output)
         return PendingOutput(
             output,
             self.trainer.strategy.root_device,
             # On the CPU an output is complete, and if it is taken before the next step, as it is in stock Lightning.
-            fetch=fetch and (self._on_hpu or self._tuner is not None or bool(self.config.in_flight)),
+            fetch=fetch and self._overlaps,
             asynchronous=self._async_outputs,
             observer=self._observer,
             batch=batch.index,
         )
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether a later step may run before a batch's output is taken."""
+        return self._on_hpu or self._tuner is not None or self._in_flight.depth > 0
 
     def _step(self, batch: Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""
@@ -185,11 +207,11 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     # Retire
 
-    def _retire(self, in_flight: InFlight[Batch]) -> None:
+    def _retire(self) -> None:
         """Wait for the oldest batch's output and finish the batch."""
-        batch, output = in_flight.retire()
+        batch, output = self._in_flight.retire()
         self._observer.completed(output)
-        if self.config.defer_hooks:
+        if batch.late_hooks is not None:
             with shown_to_hooks(self, batch):
                 self._finish(batch, self._buckets.cut(output, batch.lengths))
         else:
@@ -202,9 +224,9 @@ class PipelinedPredictionLoop(PredictionLoop):
         self._store(batch, output)
 
     def _end(self, batch: Batch, output: Any) -> None:
-        self._hooks.end(output, *batch.hook_args)
+        self._hooks.end(batch.late_hooks, output, *batch.hook_args)
         self.batch_progress.increment_completed()
-        batch.hook_args = ()
+        batch.hook_args, batch.late_hooks = (), None
 
     def _store(self, batch: Batch, output: Any) -> None:
         if batch.wanted:
@@ -332,26 +354,6 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     # The step on the device
 
-    @contextmanager
-    def _step_on_device(self, observer: Observer) -> Iterator[None]:
-        """Put graphs and step markers into the strategy's `predict_step`.
-
-        It is shadowed on the object, so that this works with whichever strategy there is.
-        """
-        strategy = self.trainer.strategy
-        if "predict_step" in vars(strategy):
-            # A run inside a run, as of `BatchSizeFinder`.
-            yield
-            return
-        graphs = self._graphs_of_run()
-        step, context = step_of(strategy)
-        with graphs.attached(step, observer) if graphs is not None else nullcontext(step) as graphed:
-            vars(strategy)["predict_step"] = DeviceStep(_inside(context, graphed), strategy.root_device)
-            try:
-                yield
-            finally:
-                del strategy.predict_step
-
     def _graphs_of_run(self) -> StepGraphs | None:
         """The graphs of the run before if they are of use, else none yet."""
         module, device = self.trainer.lightning_module, self.trainer.strategy.root_device
@@ -381,15 +383,3 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _on_after_fetch(self) -> None:
         self.trainer.profiler.stop(FETCH_SPAN)
-
-
-def _inside(context: Callable[[], AbstractContextManager[Any]] | None, step: Hook) -> Hook:
-    """A step that runs inside of the precision plugin's context, which is never traced."""
-    if context is None:
-        return step
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return step(*args, **kwargs)
-
-    return call

@@ -15,6 +15,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.ownership import may_reuse_memory, owned
 from lightning_hpu_infer.prefetch import Prefetcher
+from lightning_hpu_infer.step import DeviceStep
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 
 T = TypeVar("T")
@@ -63,26 +64,6 @@ class InFlight(Generic[T]):
         """Forget what is in flight."""
         while self._pending:
             self._pending.popleft()[1].drop()
-
-
-class DeviceStep:
-    """Calls a step so that all that it enqueued is launched.
-
-    Args:
-        step: What to call per batch.
-        device: Where the step runs.
-    """
-
-    def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
-        self._step = step
-        self._on_hpu = device.type == _habana.DEVICE_TYPE
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Enqueue the step and launch it; does not wait for the device."""
-        output = self._step(*args, **kwargs)
-        if self._on_hpu:
-            _habana.mark_step()
-        return output
 
 
 class InferencePipeline:

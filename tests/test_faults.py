@@ -102,17 +102,65 @@ def test_rule_11_a_fault_surfaces_as_itself(flags: dict[str, Any], fault: str) -
     fails_and_recovers(flags, module, loader, callbacks)
 
 
-def test_rule_11_batches_before_the_fault_that_were_retired_got_their_end_hook() -> None:
-    ended: list[int] = []
+class Ends(Callback):
+    """Fails in the end hook of a batch, if asked to."""
 
-    class Ends(Callback):
-        def on_predict_batch_end(self, t: Any, m: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-            ended.append(batch_idx)
+    def __init__(self, broken: int | None = None) -> None:
+        self.ended: list[Any] = []
+        self.broken = broken
 
-    with pytest.raises(Broken):
-        predict(HPUInferenceAccelerator(in_flight=2), BrokenStep(), rows(20, 2), callbacks=[Ends()])
-    # Batch 4 failed while 2 and 3 were in flight; these are dropped.
-    assert ended == [0, 1]
+    def on_predict_batch_end(self, t: Any, m: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if batch_idx == self.broken:
+            raise Broken(f"end {batch_idx}")
+        self.ended.append((batch_idx, outputs.sum().item()))
+
+
+@pytest.mark.parametrize("flags", [*FLAGS, {"in_flight": 3, "defer_hooks": True}], ids=str)
+@pytest.mark.parametrize("fault", ["dataset", "step", "before", "transfer", "after", "start", "interrupt"])
+def test_rule_10_batches_launched_before_a_fault_are_completed_first(flags: dict[str, Any], fault: str) -> None:
+    def run(accelerator: Any) -> tuple[list[Any], list[Any]]:
+        ends, writer = Ends(), Writer("batch")
+        module, loader, callbacks = Net(), DataLoader(Rows(20), 2), [ends, writer]
+        if fault == "dataset":
+            loader = DataLoader(BrokenRows(20), 2)
+        elif fault == "step":
+            module = BrokenStep()
+        elif fault == "interrupt":
+            module = Interrupted()
+        elif fault == "start":
+            callbacks.append(BrokenHook("start"))
+        else:
+            module = BrokenTransfer()
+            module.hook = fault
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(SystemExit if fault == "interrupt" else Broken):
+                predict(accelerator, module, loader, callbacks=callbacks)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return ends.ended, writer.batches
+
+    (ends, batches), (expected, expected_batches) = run(HPUInferenceAccelerator(**flags)), run("cpu")
+    assert [index for index, _ in ends] == [index for index, _ in expected] == list(range(len(expected)))
+    assert [total for _, total in ends] == pytest.approx([total for _, total in expected])
+    assert_equal(batches, expected_batches)
+
+
+def test_rule_10_if_completing_fails_too_the_first_error_is_what_the_user_sees() -> None:
+    accelerator = HPUInferenceAccelerator(in_flight=2, defer_hooks=True)
+    with pytest.raises(Broken, match="step 4") as raised:
+        predict(accelerator, BrokenStep(), rows(20, 2), callbacks=[ends := Ends(broken=3)])
+    assert [index for index, _ in ends.ended] == [0, 1, 2]
+    assert str(raised.value.__context__) == "end 3"
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_rule_10_a_fault_in_an_end_hook_ends_the_run_where_stock_lightning_ends(flags: dict[str, Any]) -> None:
+    (ends := Ends(broken=4)), (expected := Ends(broken=4))
+    for accelerator, callback in ((HPUInferenceAccelerator(**flags), ends), ("cpu", expected)):
+        with pytest.raises(Broken, match="end 4"):
+            predict(accelerator, Net(), rows(20, 2), callbacks=[callback])
+    assert [index for index, _ in ends.ended] == [index for index, _ in expected.ended] == [0, 1, 2, 3]
 
 
 class Interrupted(Net):

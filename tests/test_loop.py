@@ -98,7 +98,8 @@ def test_rule_1_without_deferred_hooks_the_sequence_is_stock() -> None:
 )
 def test_rule_1_deferred_hooks_stay_in_order(in_flight: int, order: str) -> None:
     log = HookLog()
-    predict(HPUInferenceAccelerator(in_flight=in_flight), Net(), rows(10, 2), callbacks=[log])
+    accelerator = HPUInferenceAccelerator(in_flight=in_flight, defer_hooks=True)
+    predict(accelerator, Net(), rows(10, 2), callbacks=[log])
     assert log.order == order
     assert [call[0] for call in log.calls[:2] + log.calls[-2:]] == ["start", "epoch_start", "epoch_end", "end"]
 
@@ -106,7 +107,7 @@ def test_rule_1_deferred_hooks_stay_in_order(in_flight: int, order: str) -> None
 def test_rule_1_deferred_end_hooks_see_their_own_batch() -> None:
     log, expected = HookLog(), HookLog()
     loaders = [rows(8, 2), rows(3, 1)]
-    for accelerator, callback in (("cpu", expected), (HPUInferenceAccelerator(in_flight=3), log)):
+    for accelerator, callback in (("cpu", expected), (HPUInferenceAccelerator(in_flight=3, defer_hooks=True), log)):
         ours = trainer(accelerator, callbacks=[callback])
         ours.predict(Net(), loaders)
         ours.predict(Net(), loaders)
@@ -117,7 +118,8 @@ def test_rule_1_deferred_end_hooks_see_their_own_batch() -> None:
 
 def test_rule_1_pipelining_drains_between_dataloaders() -> None:
     log = HookLog()
-    predict(HPUInferenceAccelerator(in_flight=4), Net(), [rows(4, 2), rows(4, 2)], callbacks=[log])
+    accelerator = HPUInferenceAccelerator(in_flight=4, defer_hooks=True)
+    predict(accelerator, Net(), [rows(4, 2), rows(4, 2)], callbacks=[log])
     loaders = [call[1] for call in log.named("batch_start", "batch_end")]
     assert loaders == sorted(loaders)
 

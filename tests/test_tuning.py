@@ -258,7 +258,7 @@ def test_a_run_may_change_its_depths(monkeypatch: pytest.MonkeyPatch) -> None:
     set_depth = Prefetcher.set_depth
     monkeypatch.setattr(DepthTuner, "retired", ever_other)
     monkeypatch.setattr(Prefetcher, "set_depth", followed)
-    ours = trainer(HPUInferenceAccelerator.auto(), callbacks=[Behind()])
+    ours = trainer(HPUInferenceAccelerator.auto(defer_hooks=True), callbacks=[Behind()])
     expected = predict("cpu", Net(), rows(120, 2))
     actual: Any = ours.predict(Net(), rows(120, 2))
     assert len(actual) == 60

@@ -16,7 +16,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "pipelining": (True, False, "auto"),
     "prefetch": (None, 0, 4),
     "in_flight": (None, 0, 3),
-    "defer_hooks": (True, False),
+    "defer_hooks": ("auto", True, False),
 }
 """Each flag's values, its default first."""
 
