@@ -28,7 +28,7 @@ class Reporter:
 
     def pytest_collectreport(self, report: Any) -> None:
         """Report a file that cannot be collected."""
-        if report.failed:
+        if report.failed and f"{Kind.CONTRACT.value}: {report.nodeid}" not in self._job.skip:
             self._worst = report
             self._send(report.nodeid)
 

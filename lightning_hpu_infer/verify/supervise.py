@@ -21,6 +21,8 @@ from lightning_hpu_infer.verify.contract import JOB
 # A process that hangs ends itself after `Job.seconds`. One that cannot, or that hangs outside of a check, is ended.
 _GRACE = 120.0
 _TAIL = 4000
+_PATIENCE = ((signal.SIGTERM, 10.0), (signal.SIGKILL, 30.0))
+"""Signals that end a process, and seconds after each."""
 
 Command = Callable[[Job], tuple[list[str], dict[str, str]]]
 """Arguments and variables, from a job."""
@@ -43,7 +45,7 @@ def contract_command(folder: Path) -> Command:
     def command(job: Job) -> tuple[list[str], dict[str, str]]:
         # Not the checkout's settings: there, warnings are errors, also the bridge's.
         options = ["-q", "-p", "lightning_hpu_infer.verify.contract", "-p", "no:cacheprovider", "--capture=sys"]
-        options += ["-c", os.devnull, "--rootdir", os.getcwd(), "-W", "ignore"]
+        options += ["-c", os.devnull, "--rootdir", os.getcwd(), "-W", "ignore", "--continue-on-collection-errors"]
         skip = [f"--deselect={name.partition(': ')[2]}" for name in job.skip]
         # The tests install the emulator themselves where there is no bridge.
         environment = {name: value for name, value in os.environ.items() if name != "LIGHTNING_HPU_INFER_EMULATOR"}
@@ -176,7 +178,7 @@ class _Process:
 
     def _end(self) -> None:
         """End the whole group: gently first, so that a driver can let go of the device."""
-        for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 30.0)):
+        for number, seconds in _PATIENCE:
             if self._popen.poll() is not None:
                 return
             with suppress(ProcessLookupError):
