@@ -50,7 +50,7 @@ def stages(spans: list[Span], lane: Lane, batch: int) -> list[Stage]:
 @pytest.mark.smoke
 @pytest.mark.usefixtures("emulated")
 def test_every_stage_of_every_batch_is_recorded(tmp_path: Path) -> None:
-    spans, report = traced(tmp_path)
+    spans, report = traced(tmp_path, defer_hooks=True)
     for batch in range(BATCHES):
         assert stages(spans, Lane.PREFETCH, batch) == [Stage.FETCH, Stage.PREPARE, Stage.PIN]
         network = [] if batch == 0 else [Stage.CAPTURE] if batch < 3 else [Stage.REPLAY]
