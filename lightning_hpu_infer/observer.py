@@ -19,6 +19,8 @@ class Lane(str, Enum):
     H2D = "copy to device"
     DEVICE = "device"
     D2H = "copy to host"
+    POSTPROCESS = "post-processing"
+    """Threads or processes, several at once."""
 
 
 class Stage(str, Enum):
@@ -47,6 +49,10 @@ class Stage(str, Enum):
     """Copy of finished outputs to the host."""
     END_HOOKS = "end hooks"
     """`on_predict_batch_end` of callbacks and module: post-processing, writers, progress bar."""
+    POSTPROCESS = "postprocess"
+    """The user's function on one output: on lane `POSTPROCESS`, or in place on lane `MAIN`."""
+    WAIT_POSTPROCESS = "wait for postprocess"
+    """The main thread waits until the oldest output is post-processed."""
     DEVICE = "compute"
     """A program of the device, on lane `DEVICE`."""
     COMPILE = "compile"
@@ -76,6 +82,9 @@ class Observer:
     def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
         """Note the index of the batch that the lane's thread works on from now on."""
 
+    def add(self, stage: Stage, lane: Lane, start: float, end: float, batch: int | None) -> None:
+        """Note a span that was measured elsewhere, in seconds of `time.perf_counter`. Main thread only."""
+
     def completed(self, output: Any) -> None:
         """Note that the oldest batch in flight has its output, on the host if anybody wants it there."""
 
@@ -103,6 +112,11 @@ class Observers(Observer):
         """Tell every observer."""
         for observer in self._observers:
             observer.at(batch, lane)
+
+    def add(self, stage: Stage, lane: Lane, start: float, end: float, batch: int | None) -> None:
+        """Tell every observer."""
+        for observer in self._observers:
+            observer.add(stage, lane, start, end, batch)
 
     def completed(self, output: Any) -> None:
         """Tell every observer."""

@@ -13,7 +13,7 @@ _HOOKS: dict[Stage | None, str] = {
     Stage.PREPARE: "`on_before_batch_transfer`",
     Stage.COPY_IN: "`transfer_batch_to_device` and `on_after_batch_transfer`",
 }
-_WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.COMPILE)
+_WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS, Stage.COPY_OUT, Stage.COMPILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,9 @@ class _Advice:
 
     def on_output(self) -> str:
         stage, on = self._stage, self._flags
+        if stage == Stage.WAIT_POSTPROCESS:
+            gil = "`postprocess_backend='process'` if `postprocess` is Python code, of which threads run one at a time"
+            return f"Raise `postprocess_workers`; or pass {gil}; or make it cheaper."
         if on is not None:
             if not on.pipelining:
                 return "Pass `pipelining=True`: outputs are copied, and end hooks run, while the device computes."
@@ -152,11 +155,13 @@ class _Advice:
             # Where copies take all of the time, there is no other work to do meanwhile.
             if not on.async_output and 0.2 <= self._seconds(Stage.COPY_OUT) / self._report.seconds < 0.9:
                 return "Pass `async_output=True`: outputs are then copied while the main thread does other work."
+        if stage == Stage.POSTPROCESS:
+            return f"Let workers run `postprocess` ({self._each}), which runs in place (docs/postprocess.md)."
         if stage == Stage.END_HOOKS:
             bar = ", and try `enable_progress_bar=False`" if self._setup.progress_bar else ""
             return (
-                f"Make end hooks cheaper ({self._each}): post-process on the device, write fewer and"
-                f" larger files or write in a thread{bar}."
+                f"Make end hooks cheaper ({self._each}): post-process on the device or in `postprocess`, write fewer"
+                f" and larger files or write in a thread{bar}."
             )
         return (
             "Return less from `predict_step`: reduce on the device (`argmax`, `topk`, pooling), return half precision,"

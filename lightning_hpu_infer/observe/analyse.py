@@ -15,7 +15,7 @@ from lightning_hpu_infer.observer import Lane, Stage
 # Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler.
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}
 _INPUT = (Stage.FETCH, Stage.PREPARE, Stage.PIN, Stage.WAIT_INPUT, Stage.COPY_IN, Stage.H2D)
-_OUTPUT = (Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H)
+_OUTPUT = (Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H, Stage.POSTPROCESS, Stage.WAIT_POSTPROCESS)
 
 
 def analyse(

@@ -9,12 +9,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observe.spans import HOST_LANES, Span, in_rows
 from lightning_hpu_infer.observer import Lane, Stage
 
 _PRODUCER = "lightning_hpu_infer"
-_PLACES = {lane: (1 if lane in (Lane.PREFETCH, Lane.MAIN) else 2, tid) for tid, lane in enumerate(Lane, 1)}
-"""Process (1 is the host) and thread of each lane, in the order in which a viewer shows them."""
+_PLACES = {lane: (1 if lane in HOST_LANES else 2, tid) for tid, lane in enumerate(Lane, 1)}
+"""Process (1 is the host) and thread of each lane, as a viewer orders them. The last lane may have more threads."""
 
 
 class TraceFileError(ValueError):
@@ -31,7 +31,9 @@ def write(spans: Iterable[Span], path: str | PathLike[str], about: Mapping[str, 
     """
     events = [_name("process", (1, 0), "host"), _name("process", (2, 0), "device")]
     events += [_name("thread", place, lane.value) for lane, place in _PLACES.items()]
-    events += [_event(span) for span in spans]
+    spans = list(spans)
+    rows = dict(in_rows(span for span in spans if span.lane == Lane.POSTPROCESS))
+    events += [_event(span, rows.get(span, 0)) for span in spans]
     document = {"traceEvents": events, "otherData": {"producer": _PRODUCER, "about": dict(about or {})}}
     data = json.dumps(document, separators=(",", ":")).encode()
     Path(path).write_bytes(gzip.compress(data) if str(path).endswith(".gz") else data)
@@ -90,16 +92,16 @@ def _name(kind: str, place: tuple[int, int], name: str) -> dict[str, Any]:
     return {"ph": "M", "name": f"{kind}_name", "pid": place[0], "tid": place[1], "args": {"name": name}}
 
 
-def _event(span: Span) -> dict[str, Any]:
+def _event(span: Span, row: int) -> dict[str, Any]:
     # Viewers read microseconds, from which the seconds would come back slightly different.
     args = {"start_s": span.start, "end_s": span.end, "batch": span.batch, "bytes": span.nbytes}
     pid, tid = _PLACES[span.lane]
-    place = {"pid": pid, "tid": tid, "ts": span.start * 1e6, "dur": span.seconds * 1e6}
+    place = {"pid": pid, "tid": tid + row, "ts": span.start * 1e6, "dur": span.seconds * 1e6}
     return {"ph": "X", "name": span.stage.value, "cat": span.lane.value, **place, "args": args}
 
 
 def _span(event: Mapping[str, Any], lanes: Mapping[tuple[int, int], Lane]) -> Span:
-    args, lane = event["args"], lanes[event["pid"], event["tid"]]
+    args, lane = event["args"], lanes[event["pid"], min(event["tid"], len(Lane))]
     if not -math.inf < args["start_s"] <= args["end_s"] < math.inf:
         raise ValueError(f"a span from {args['start_s']} to {args['end_s']} s")
     return Span(Stage(event["name"]), lane, args["start_s"], args["end_s"], args["batch"], args["bytes"])

@@ -21,6 +21,7 @@ class State(NamedTuple):
     h2d: Stage | None
     device: Stage | None
     d2h: Stage | None
+    postprocess: Stage | None
 
     @property
     def computing(self) -> bool:
@@ -29,10 +30,12 @@ class State(NamedTuple):
 
     def working(self) -> list[Lane]:
         """The lanes that neither wait nor do nothing."""
-        waits = [None, Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.COMPILE]
+        waits = [None, Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS, Stage.COMPILE]
         if self.computing:
             waits.append(Stage.COPY_OUT)  # a blocking copy of a result waits for the device first
-        return [lane for lane, stage in zip(Lane, self, strict=True) if stage not in waits]
+        # That one worker works says nothing of the others: the lane is full when the main thread waits for it.
+        lanes = zip(Lane, self, strict=True)
+        return [lane for lane, stage in lanes if stage not in waits and lane != Lane.POSTPROCESS]
 
     def cause(self, pace: Lane | None) -> Stage | None:
         """What an idle device waits for; None is host work outside of all stages.

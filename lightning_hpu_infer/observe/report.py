@@ -54,7 +54,7 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """What one stage took in one lane, without the stages inside of it."""
+    """What one stage took in one lane, without the stages inside of it. Several workers at once count once."""
 
     lane: Lane
     stage: Stage

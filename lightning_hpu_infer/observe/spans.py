@@ -1,7 +1,7 @@
 """Spans: what each stage of each batch took, recorded by an observer."""
 
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from lightning_hpu_infer.observer import Lane, Observer, Stage
 
 T = TypeVar("T")
+
+HOST_LANES = (Lane.PREFETCH, Lane.MAIN, Lane.POSTPROCESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,26 @@ class Span:
         return self.end - self.start
 
 
+def in_rows(spans: Iterable[Span]) -> Iterator[tuple[Span, int]]:
+    """The spans by their starts, each with the first row of its lane that has room for it, from 0."""
+    ends: dict[Lane, list[float]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        rows = ends[span.lane]
+        # Times read from a file are inexact.
+        row = next((row for row, end in enumerate(rows) if end <= span.start + 5e-9), len(rows) if span.seconds else 0)
+        rows[row : row + 1] = [max([span.end, *rows[row : row + 1]])]
+        yield span, row
+
+
 class Trace(Observer):
-    """Records the spans of the two host lanes, `Lane.MAIN` and `Lane.PREFETCH`: the newest half million of each."""
+    """Records the spans of the host's lanes: the newest half million of each."""
 
     records = True
 
     def __init__(self) -> None:
         # Tuples of little else than numbers: they are made, and kept, beside every batch.
         self._records: dict[Lane, deque[tuple[Stage, float, float, int | None]]] = {
-            lane: deque(maxlen=500_000) for lane in (Lane.PREFETCH, Lane.MAIN)
+            lane: deque(maxlen=500_000) for lane in HOST_LANES
         }
         self._batch: dict[Lane, int | None] = dict.fromkeys(self._records)
 
@@ -56,6 +69,10 @@ class Trace(Observer):
     def at(self, batch: int | None, lane: Lane = Lane.MAIN) -> None:
         """Attribute the spans that end from now on in this lane to a batch."""
         self._batch[lane] = batch
+
+    def add(self, stage: Stage, lane: Lane, start: float, end: float, batch: int | None) -> None:
+        """Record a span that was measured elsewhere."""
+        self._records[lane].append((stage, start, end, batch))
 
     def _recorded(self, lane: Lane, stage: Stage, function: Callable[..., T], *args: Any) -> T:
         start = perf_counter()

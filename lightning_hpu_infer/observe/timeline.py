@@ -1,6 +1,5 @@
 """A picture of a trace. Needs matplotlib: `pip install lightning-hpu-infer[plots]`."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lightning_hpu_infer.observe.gaps import Piece, device_gaps
 from lightning_hpu_infer.observe.report import label_of
-from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observe.spans import Span, in_rows
 from lightning_hpu_infer.observer import Lane, Stage
 
 _BATCHES_SHOWN = 6
@@ -55,7 +54,7 @@ def timeline(spans: Sequence[Span], path: str | PathLike[str], *, first: int | N
     caption = "one colour and number per batch"
     if any(span.lane == Lane.DEVICE for span in spans):
         gaps = [gap for gap in device_gaps(spans) if gap[0][0] < end and gap[-1][1] > start]
-        rows[Lane.DEVICE, False] = [*map(_idle, gaps), *rows.get((Lane.DEVICE, False), [])]
+        rows[Lane.DEVICE, 0] = [*map(_idle, gaps), *rows.get((Lane.DEVICE, 0), [])]
         pieces = [piece for gap in gaps for piece in gap if piece[0] < end and piece[1] > start]
         here = _reasons((max(left, start), min(right, end), cause) for left, right, cause in pieces)
         caption += f"; hatched: device idle, here for {here}"
@@ -66,7 +65,7 @@ def timeline(spans: Sequence[Span], path: str | PathLike[str], *, first: int | N
     for place, name in enumerate(names):
         _draw(axes, place, rows[name], start, end)
     axes.set(xlim=(0, end - start), ylim=(len(rows) - 0.5, -0.5))
-    axes.set_yticks(range(len(rows)), ["" if inner else lane.value for lane, inner in names])
+    axes.set_yticks(range(len(rows)), ["" if row else lane.value for lane, row in names])
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(EngFormatter("s"))
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -93,21 +92,17 @@ def _window(spans: Sequence[Span], first: int | None) -> tuple[float, float, str
     return start, max(end, start + 1e-6), words
 
 
-def _rows(spans: Iterable[Span]) -> dict[tuple[Lane, bool], list[_Box]]:
-    """The spans by lane, and by whether they are inside of others of their lane."""
-    rows: dict[tuple[Lane, bool], list[_Box]] = {}
-    ends = dict.fromkeys(Lane, -math.inf)
-    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
-        # Times read from a file are inexact.
-        inner = span.start < span.end <= ends[span.lane] + 5e-9
-        ends[span.lane] = max(ends[span.lane], span.end)
-        rows.setdefault((span.lane, inner), []).append(_box(span))
+def _rows(spans: Iterable[Span]) -> dict[tuple[Lane, int], list[_Box]]:
+    """The spans by lane; those inside of others, or of several workers, in rows below."""
+    rows: dict[tuple[Lane, int], list[_Box]] = {}
+    for span, row in in_rows(spans):
+        rows.setdefault((span.lane, row), []).append(_box(span))
     return rows
 
 
 def _box(span: Span) -> _Box:
     name, number = span.stage.value, "" if span.batch is None else f"{span.batch}"
-    if span.stage in (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT):
+    if span.stage in (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS):
         return _Box(span.start, span.end, [name, "wait"], "white")
     colour = _NO_BATCH if span.batch is None else _COLOURS[span.batch % len(_COLOURS)]
     words = [number]  # the device's lanes tell the stage, and colours the batch

@@ -121,6 +121,8 @@ _LANES_AND_STAGES = st.sampled_from(
         (Lane.DEVICE, S.COMPILE),
         (Lane.H2D, S.H2D),
         (Lane.D2H, S.D2H),
+        (Lane.POSTPROCESS, S.POSTPROCESS),
+        (Lane.POSTPROCESS, S.POSTPROCESS),
     ]
 )
 # A coarse clock, so that spans often touch and coincide.

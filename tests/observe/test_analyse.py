@@ -114,6 +114,22 @@ def test_without_a_device_trace_too_a_saturated_thread_sets_the_pace(waits_for: 
     assert report.main_cause.stage == (S.FETCH if waits_for == S.WAIT_INPUT else S.END_HOOKS)
 
 
+@pytest.mark.parametrize("waiting", [True, False])
+def test_post_processing_limits_a_run_when_the_main_thread_waits_for_it(waiting: bool) -> None:
+    """Not where one of several workers is busy all the time."""
+    spans = []
+    for k in range(20):
+        spans += [
+            Span(S.POSTPROCESS, Lane.POSTPROCESS, 10 * k, 10 * k + 9.9, k),
+            Span(S.DEVICE, Lane.DEVICE, 10 * k, 10 * k + 3, k),
+            Span(S.WAIT_POSTPROCESS if waiting else S.LAUNCH, Lane.MAIN, 10 * k + 2, 10 * k + 10, k),
+        ]
+    report = analyse(spans, config=ON)
+    check_sums(report)
+    assert report.verdict == (Verdict.OUTPUT if waiting else Verdict.LAUNCH)
+    assert ("Raise `postprocess_workers`" in report.advice) is waiting
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_bottleneck_is_named_before_and_after_the_flags(name: str) -> None:
     times, (verdict, severity, stage), (before, after) = CASES[name]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_hpu_infer.observe import chrome
-from lightning_hpu_infer.observe.spans import Span
+from lightning_hpu_infer.observe.spans import HOST_LANES, Span
 from lightning_hpu_infer.observer import Lane, Stage
 
 seconds = st.floats(0, 1e9, allow_nan=False)
@@ -51,12 +51,23 @@ def test_a_viewer_finds_lanes_in_order_with_microseconds_and_args(tmp_path: Path
     chrome.write(SPANS, tmp_path / "trace.json")
     events = chrome.load(tmp_path / "trace.json")["traceEvents"]
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    assert [threads[place] for place in sorted(threads)] == [lane.value for lane in Lane]
+    lanes = [*HOST_LANES, *(lane for lane in Lane if lane not in HOST_LANES)]
+    assert [threads[place] for place in sorted(threads)] == [lane.value for lane in lanes]
     assert [e["args"]["name"] for e in events if e["name"] == "process_name"] == ["host", "device"]
     copy = next(event for event in events if event["name"] == Stage.H2D.value and event["ph"] == "X")
     assert math.isclose(copy["ts"], 12345.68015e6)
     assert math.isclose(copy["dur"], 50, rel_tol=1e-4)
     assert copy["args"].items() >= {"batch": 0, "bytes": 4096}.items()
+
+
+def test_workers_at_once_have_a_thread_each(tmp_path: Path) -> None:
+    starts = [(0.0, 4.0), (1.0, 2.0), (1.5, 3.0), (2.0, 5.0), (4.0, 6.0)]
+    spans = [Span(Stage.POSTPROCESS, Lane.POSTPROCESS, *ends, batch) for batch, ends in enumerate(starts)]
+    chrome.write(spans, tmp_path / "trace.json")
+    events = [event for event in chrome.load(tmp_path / "trace.json")["traceEvents"] if event["ph"] == "X"]
+    first = events[0]["tid"]
+    assert [(event["pid"], event["tid"] - first) for event in events] == [(1, 0), (1, 1), (1, 2), (1, 1), (1, 0)]
+    assert chrome.read(tmp_path / "trace.json")[0] == spans
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_of_a_long_run_the_part_that_all_threads_kept_is_judged(
     assert 10 < long.report.batches < 40
     spans, _ = chrome.read(tmp_path / "trace.json")
     # The thread made fewer spans per batch, and so has kept older batches than the main thread.
-    begins = [min(span.start for span in spans if span.lane == lane) for lane in Lane]
+    begins = [min(span.start for span in spans if span.lane == lane) for lane in {span.lane for span in spans}]
     assert max(begins) - min(begins) < 0.2 * long.report.seconds
     assert "Only this last part of the run was recorded" in printed(long.report)
     assert "Only this last part" not in printed(whole.report)

@@ -137,6 +137,16 @@ def test_a_stage_inside_of_another_has_a_row_below(tmp_path: Path) -> None:
     assert found["launch 0"][1] == found["end hooks 0"][1] < found["replay 0"][1] - 20
 
 
+def test_workers_at_once_have_a_row_each(tmp_path: Path) -> None:
+    starts = [(0.0, 4.0), (1.0, 5.0), (4.0, 8.0), (5.0, 9.0)]
+    spans = [Span(Stage.POSTPROCESS, Lane.POSTPROCESS, *ends, batch) for batch, ends in enumerate(starts)]
+    plots.timeline(spans, tmp_path / "run.svg")
+    found = places(svg(tmp_path / "run.svg"))
+    assert "post-processing" in found
+    assert found["0"][1] == found["2"][1] < found["1"][1] - 20
+    assert found["1"][1] == found["3"][1]
+
+
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no span was recorded"):
         plots.timeline([], tmp_path / "run.png")

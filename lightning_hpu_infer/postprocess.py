@@ -1,0 +1,172 @@
+"""The user's function on each output: in place, or in a pool beside the main thread, with its results in order."""
+
+import contextvars
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any, Generic, Literal, NoReturn, TypeVar
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_hpu_infer.observer import Lane, Observer, Stage
+from lightning_hpu_infer.workers import Mode, Processes, timed
+
+T = TypeVar("T")
+Backend = Literal["thread", "process"]
+
+_JOIN_SECONDS = 10.0
+
+
+class Postprocess(Generic[T]):
+    """Items whose output is on its way through a function, oldest first. Main thread only.
+
+    A context manager: leaving it ends the pool and drops what is in it. Calls that are running then are waited for in
+    threads, and cut off in processes.
+
+    Args:
+        function: Takes an output with host tensors; None changes nothing.
+        workers: Calls that may run at once. 0 calls it in place, when its result is taken.
+        backend: What the workers are.
+        mode: The context of each call: grad and inference mode are per thread.
+        describe: Names an item in the error that its call raises.
+        observer: Observes the calls, and the waiting for them.
+
+    Raises:
+        TypeError: If the function cannot be sent to other processes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any] | None,
+        workers: int,
+        backend: Backend,
+        mode: Mode,
+        *,
+        describe: Callable[[T], str],
+        observer: Observer | None = None,
+    ) -> None:
+        self._function = function
+        self._describe = describe
+        self._observer = observer or Observer()
+        self._pool: _Threads | Processes | None = None
+        if function is not None and workers:
+            self._pool = (_Threads if backend == "thread" else Processes)(function, workers, mode)
+        self.depth = 2 * workers if self._pool is not None else 0
+        """Items that may be in it when another one comes: one at work and one waiting per worker."""
+        self._pending: deque[tuple[T, int, Any]] = deque()
+
+    def __enter__(self) -> "Postprocess[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def over_capacity(self) -> bool:
+        """Whether the oldest item has to be taken before another may be submitted."""
+        return len(self._pending) > self.depth
+
+    def submit(self, item: T, output: Any, index: int) -> None:
+        """Have the function called with an item's output, and do not wait for it.
+
+        Args:
+            item: What `take` returns it with.
+            output: With host tensors, which nobody else uses any more.
+            index: The batch's index, for the observer.
+        """
+        if self._pool is not None:
+            try:
+                output = self._pool.submit(output)
+            except RuntimeError as error:
+                # A pool that broke. The items before this one have their turn first.
+                output = Future()
+                output.set_exception(error)
+        self._pending.append((item, index, output))
+
+    def take(self) -> tuple[T, Any]:
+        """Wait for the oldest item; returns it with what the function returned, or raises what the function raised.
+
+        Raises:
+            IndexError: If nothing was submitted.
+            RuntimeError: If a worker process died, or the function raised `StopIteration`.
+        """
+        item, index, output = self._pending.popleft()
+        self._observer.at(index)
+        if self._function is None:
+            return item, output
+        try:
+            if self._pool is None:
+                return item, self._observer.timed(Stage.POSTPROCESS, self._function, output)
+            start, end, value = self._observer.timed(Stage.WAIT_POSTPROCESS, output.result)
+            self._observer.add(Stage.POSTPROCESS, Lane.POSTPROCESS, start, end, index)
+            return item, self._pool.opened(value)
+        except Exception as error:
+            self._fail(error, f"`postprocess` of {self._describe(item)}")
+
+    def close(self) -> None:
+        """End the pool and drop what is in it. May be called again."""
+        running = [output for _, _, output in self._pending if self._pool is not None and not output.cancel()]
+        self._pending.clear()
+        if isinstance(self._pool, Processes):
+            self._pool.close(abandon=any(not future.done() for future in running))
+        elif self._pool is not None:
+            self._pool.close(running)
+
+    def _fail(self, error: Exception, where: str) -> NoReturn:
+        if isinstance(self._pool, Processes) and (cause := self._pool.cause(error)):
+            raise RuntimeError(f"{where}, or of a later batch: {cause}") from error
+        if isinstance(error, StopIteration):
+            # From a hook it ends a run quietly, as in stock Lightning; here predictions would be missing.
+            raise RuntimeError(f"{where} raised StopIteration.") from error
+        if sys.version_info >= (3, 11):
+            error.add_note(f"Raised by {where}.")
+        else:
+            rank_zero_info(f"{type(error).__name__} is raised by {where}.")
+        raise error
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    # A thread takes over the number when it first asks for it, and keeps it.
+    torch.get_num_threads()
+
+
+class _Threads:
+    """Threads that run a function, each with one thread of torch.
+
+    The main thread's context variables hold in them, as they would in place.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], workers: int, mode: Mode) -> None:
+        self._call = partial(timed, mode, function)
+        # The number is the calling thread's, and that of all threads to come (torch `ParallelOpenMP.cpp`). Started
+        # together, so that it can be set back at once for the latter.
+        number, started = torch.get_num_threads(), threading.Barrier(workers + 1)
+        self._pool = ThreadPoolExecutor(workers, "hpu-infer-postprocess", _use_one_thread)
+        for _ in range(workers):
+            self._pool.submit(started.wait)
+        started.wait()
+        torch.set_num_threads(number)
+
+    def submit(self, argument: Any) -> "Future[tuple[float, float, Any]]":
+        return self._pool.submit(contextvars.copy_context().run, self._call, argument)
+
+    @staticmethod
+    def opened(value: Any) -> Any:
+        return value
+
+    def close(self, running: "list[Future[Any]]") -> None:
+        stuck = wait(running, _JOIN_SECONDS).not_done
+        self._pool.shutdown(wait=not stuck, cancel_futures=True)
+        if stuck:
+            rank_zero_warn(
+                f"`postprocess` did not return within {_JOIN_SECONDS:g} s after prediction ended. {len(stuck)} of its"
+                " threads are left behind; Python waits for them when it exits."
+            )
