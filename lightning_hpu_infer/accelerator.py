@@ -50,19 +50,20 @@ class HPUInferenceAccelerator(Accelerator):
         pad_batch: Let a batch with fewer rows than a captured graph use it: rows are added to the graph's inputs and
             cut from its outputs. Used when `hpu_graphs`.
         async_copy: Copy inputs to pinned host memory first, so that their copy to the device does not hold up the host.
-        async_output: Copy outputs to pinned host memory as soon as they are computed, without waiting, instead of late
-            and waiting. Used when `pipelining`.
+        async_output: Copy outputs to pinned host memory as soon as they are computed, without waiting, where the bridge
+            can, instead of late and waiting. The first copies are compared with ones that are waited for. Used when
+            `pipelining`.
         pipelining: Prepare later batches in a thread, and fetch a batch's output only after later batches were
-            launched. "auto" begins with the depths `prefetch` and `in_flight` and raises them during a run where that
-            proves faster.
+            launched. On an HPU the depths of both rise during a run where that proves faster, unless `prefetch` or
+            `in_flight` is given. "auto" lets them rise from what is given, and on the CPU too.
         prefetch: Batches that the host prepares ahead, in a thread, 0 to 1024. 0 prepares each batch when it is needed.
-            None means 2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network;
-            "auto" begins with 2 everywhere. Used when `pipelining`.
+            None means 2 or more on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the
+            network. Used when `pipelining`.
         in_flight: Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the
-            device memory of a batch and its output. None means 1 on an HPU, and 0 on the CPU, where an output is there
-            at once; "auto" begins with 1 everywhere. Used when `pipelining`.
-        depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where
-            `pipelining="auto"` raises the depths.
+            device memory of a batch and its output. None means 1 or more on an HPU, and 0 on the CPU, where an output
+            is there at once. Used when `pipelining`.
+        depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where depths rise
+            during a run.
         defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches.
             "auto" does so where all that there are can be late without a difference: those of prediction writers, of
             Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
@@ -97,7 +98,7 @@ class HPUInferenceAccelerator(Accelerator):
         verify_graphs: int = 1,
         pad_batch: bool = False,
         async_copy: bool = True,
-        async_output: bool = False,
+        async_output: bool = True,
         pipelining: bool | Literal["auto"] = True,
         prefetch: int | None = None,
         in_flight: int | None = None,

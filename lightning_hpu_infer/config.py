@@ -81,29 +81,29 @@ class InferenceConfig:
     async_copy: bool = True
     """Copy inputs to pinned host memory first, so that their copy to the device does not hold up the host."""
 
-    async_output: bool = False
-    """Copy outputs to pinned host memory as soon as they are computed, without waiting, instead of late and waiting.
-    Used when `pipelining`."""
+    async_output: bool = True
+    """Copy outputs to pinned host memory as soon as they are computed, without waiting, where the bridge can, instead
+    of late and waiting. The first copies are compared with ones that are waited for. Used when `pipelining`."""
 
     # Pipelining
 
     pipelining: bool | Literal["auto"] = True
-    """Prepare later batches in a thread, and fetch a batch's output only after later batches were launched. "auto"
-    begins with the depths `prefetch` and `in_flight` and raises them during a run where that proves faster."""
+    """Prepare later batches in a thread, and fetch a batch's output only after later batches were launched. On an HPU
+    the depths of both rise during a run where that proves faster, unless `prefetch` or `in_flight` is given. "auto"
+    lets them rise from what is given, and on the CPU too."""
 
     prefetch: int | None = None
     """Batches that the host prepares ahead, in a thread, 0 to 1024. 0 prepares each batch when it is needed. None means
-    2 on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network; "auto" begins with 2
-    everywhere. Used when `pipelining`."""
+    2 or more on an HPU, and 0 on the CPU, where no device waits and a thread takes time from the network. Used when
+    `pipelining`."""
 
     in_flight: int | None = None
     """Batches whose output may wait on the device while a later one is launched, 0 to 1024. Each takes the device
-    memory of a batch and its output. None means 1 on an HPU, and 0 on the CPU, where an output is there at once; "auto"
-    begins with 1 everywhere. Used when `pipelining`."""
+    memory of a batch and its output. None means 1 or more on an HPU, and 0 on the CPU, where an output is there at
+    once. Used when `pipelining`."""
 
     depth_memory: int = 2**30
-    """Bytes that the batches ahead, and the batches and outputs behind, may take where `pipelining="auto"` raises the
-    depths."""
+    """Bytes that the batches ahead, and the batches and outputs behind, may take where depths rise during a run."""
 
     defer_hooks: bool | Literal["auto"] = "auto"
     """Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches. "auto" does so
@@ -198,6 +198,12 @@ class InferenceConfig:
     def in_flight_depth(self, device_type: str) -> int:
         """Batches that may be launched behind one whose output is awaited, on a device of that type, likewise."""
         return self._depth(self.in_flight, 1, device_type)
+
+    def tunes_depths(self, device_type: str) -> bool:
+        """Whether the depths rise during a run on a device of that type."""
+        if self.pipelining == "auto":
+            return True
+        return self.pipelining and device_type != "cpu" and self.prefetch is None and self.in_flight is None
 
     def _depth(self, chosen: int | None, default: int, device_type: str) -> int:
         if not self.pipelining:

@@ -318,7 +318,7 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _tuned(self, prepared: Prefetcher[Batch], in_flight: InFlight[Batch]) -> Observer:
         """The run's observer, with one that sets the depths if those are not fixed."""
-        if self.config.pipelining != "auto":
+        if not self.config.tunes_depths(self.trainer.strategy.root_device.type):
             return self._observer
 
         def apply(depths: Depths) -> None:

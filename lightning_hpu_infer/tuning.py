@@ -27,6 +27,10 @@ class Depths(NamedTuple):
     in_flight: int
 
 
+# What is tried at first, the deepest that the budget allows, and the windows of that trial as parts of a usual one.
+_LEAPS = (Depths(8, 8), Depths(4, 4), Depths(2, 2))
+_LEAP_WINDOWS = (0.25, 1, 0.5, 0.5)
+_PLAIN_GAIN = 0.05
 # Factors, in the order in which they are tried. Where input and output both come in bursts, neither depth pays alone.
 _MOVES = (Depths(2, 1), Depths(1, 2), Depths(2, 2), Depths(4, 4))
 
@@ -38,8 +42,9 @@ class DepthTuner(Observer):
     where one alone did not pay. What does not pay is taken back, and not tried again before something else has paid:
     where the device is the limit, the main thread waits for it at every depth.
 
-    A trial is a window of greater depths between two windows of those before, so that batches that become smaller from
-    window to window, as they do in order of length, are no gain.
+    The first trial comes after a few batches and leaps, so that a short run profits too. A later one is a window of
+    greater depths between two windows of those before, so that batches that become smaller from window to window, as
+    they do in order of length, are no gain.
 
     Args:
         depths: Where to start, and the least that is used. Where no thread prefetches (`prefetch` is 0), none will.
@@ -71,12 +76,14 @@ class DepthTuner(Observer):
         """Seconds that the main thread has waited for, and copied, the output of the oldest batch."""
         self._batch = self._output = 0
         """Bytes of the largest ones."""
+        self._windows = 0
         self._untried = set(_MOVES)
         self._trial: tuple[Depths, Depths] | None = None
         """Depths before, and those that are tried."""
         self._measured: list[float] = []
         """Seconds per batch in the windows of a trial so far."""
-        self._start_window(settle=window // 4)
+        self._leaps = True
+        self._start_window(settle=window // 8)
 
     def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
         """Measure how long the main thread waits for each prepared batch."""
@@ -137,7 +144,7 @@ class DepthTuner(Observer):
             return
         self._batches += 1
         self._blocked += blocked
-        if self._batches < self._window:
+        if self._batches < self._window * (_LEAP_WINDOWS[len(self._measured)] if self._leaps else 1):
             return
         seconds = self._clock() - self._began
         self._change(self._decide(seconds / self._batches, (self._waited / seconds, self._blocked / seconds)))
@@ -147,21 +154,23 @@ class DepthTuner(Observer):
         ends = f"prefetch {self.depths.prefetch}, in_flight {self.depths.in_flight}"
         if not self._first.prefetch:
             ends += ", no thread prefetches"
-        return (*self.log, ends if self.log else f"{ends}: nothing was worth a change")
+        if self.log:
+            return (*self.log, ends)
+        return (f"{ends}: {'nothing was worth a change' if self._windows else 'too short a run to try others'}",)
 
     def _decide(self, seconds: float, shares: tuple[float, float]) -> Depths:
         """The depths of the next window."""
         self._measured.append(seconds)
+        self._windows += 1
+        if self._leaps:
+            return self._leap(shares)
         if self._trial is not None:
             before, deeper = self._trial
             usual, tried = self._measured[::2], self._measured[1::2]
             pays = max(tried) < (1 - _GAIN) * min(usual)
             if pays and len(self._measured) < _WINDOWS:
                 return before if self.depths == deeper else deeper
-            self.log.append(
-                f"{_difference(before, deeper)}: {'kept' if pays else 'taken back'},"
-                f" {1e3 * mean(tried):.2f} ms per batch instead of {1e3 * mean(usual):.2f} ms"
-            )
+            self._log_trial(pays, mean(tried), mean(usual))
             self._trial, self._measured = None, []
             if pays:
                 self._untried = set(_MOVES)
@@ -175,6 +184,36 @@ class DepthTuner(Observer):
         else:
             self._trial = self.depths, deeper
         return deeper
+
+    def _leap(self, shares: tuple[float, float]) -> Depths:
+        """The depths of the next window of the first trial."""
+        if self._trial is None:
+            deeper = next((depths for depths in map(self._leapt, _LEAPS) if self._bytes(depths) <= self._budget), None)
+            if max(shares) < _WORTH or deeper is None or deeper == self.depths:
+                self._leaps, self._measured = False, []
+                return self.depths
+            self._trial = self.depths, deeper
+            return deeper
+        before, deeper = self._trial
+        if len(self._measured) < len(_LEAP_WINDOWS):
+            return before if self.depths == deeper else deeper
+        tried, usual = self._measured[1::2], self._measured[2]
+        pays = max(tried) < (1 - _PLAIN_GAIN) * usual
+        self._log_trial(pays, mean(tried), usual)
+        self._trial, self._measured, self._leaps = None, [], False
+        return deeper if pays else before
+
+    def _leapt(self, depths: Depths) -> Depths:
+        """Those depths, as far as they are deeper than now and a thread prefetches."""
+        prefetch = max(self.depths.prefetch, depths.prefetch) if self.depths.prefetch else 0
+        return Depths(prefetch, max(self.depths.in_flight, depths.in_flight))
+
+    def _log_trial(self, pays: bool, tried: float, usual: float) -> None:
+        assert self._trial is not None
+        self.log.append(
+            f"{_difference(*self._trial)}: {'kept' if pays else 'taken back'},"
+            f" {1e3 * tried:.2f} ms per batch instead of {1e3 * usual:.2f} ms"
+        )
 
     def _deeper(self, shares: tuple[float, float]) -> Depths:
         """The next depths to try, the same if none are worth it."""
@@ -205,7 +244,7 @@ class DepthTuner(Observer):
     def _retreat(self) -> None:
         """Batches have become too large for what they were measured with."""
         self.log.append(f"{_difference(self.depths, self._first)}: {self._budget} bytes no longer suffice")
-        self._trial, self._measured, self._untried = None, [], set(_MOVES)
+        self._trial, self._measured, self._untried, self._leaps = None, [], set(_MOVES), False
         self._change(self._first)
 
     def _change(self, depths: Depths) -> None:

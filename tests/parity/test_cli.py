@@ -32,7 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "prefetch": 3,
     "in_flight": 2,
     "defer_hooks": False,
-    "async_output": True,
+    "async_output": False,
     "graph_modules": ("net",),
     "max_graphs": 5,
     "graph_memory": 10**9,
