@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer._lightning import FETCH_SPAN, PredictionLoop, no_grad_context
+from lightning_hpu_infer.ahead import reason_against
 from lightning_hpu_infer.batch import Batch, counters_of, shown_to_hooks
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
@@ -22,7 +23,7 @@ from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.ownership import may_reuse_memory
 from lightning_hpu_infer.pipeline import InFlight
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.source import host_batches, warmed_up
+from lightning_hpu_infer.source import host_batches, is_of_device, warmed_up
 from lightning_hpu_infer.step import step_on_device
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
@@ -102,7 +103,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
         try:
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
-            with suppress(StopIteration), Prefetcher(self._host_batches(depth), depth, mode) as prepared:
+            with suppress(StopIteration), Prefetcher(self._host_batches(depth), depth, mode, is_of_device) as prepared:
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
@@ -289,7 +290,13 @@ class PipelinedPredictionLoop(PredictionLoop):
         with self.trainer.precision_plugin.predict_step_context():
             if torch.get_default_dtype() != before:
                 return 0
-        return self.config.prefetch_depth(self.trainer.strategy.root_device.type)
+        depth = self.config.prefetch_depth(self.trainer.strategy.root_device.type)
+        if depth and self.config.prefetch is None:
+            listeners = [self.trainer.lightning_module, *self.trainer.callbacks]
+            if reason := reason_against(self._combined_loader.flattened, listeners):
+                rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth}` if it may be.")
+                return 0
+        return depth
 
     def _host_batches(self, depth: int) -> Iterator[Batch]:
         in_flight = self.config.in_flight_depth(self.trainer.strategy.root_device.type)

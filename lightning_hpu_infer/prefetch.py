@@ -1,24 +1,35 @@
 """A host thread that prepares batches ahead of the device."""
 
 import contextvars
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Generic, TypeVar
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _JOIN_SECONDS = 10.0
+_NOTE = "Raised while a batch was prepared ahead, in a thread. With `prefetch=0` the main thread prepares batches."
+_NOTE_OF_THREADS = (
+    "Raised while a batch was prepared ahead, in a thread, which seems to be what is wrong with it: something that the"
+    " dataset uses may be used in the thread only that made it (connections, signal handlers, event loops). Pass"
+    " `prefetch=0`, with which the main thread prepares batches, or make it in each worker process of a"
+    " `DataLoader(num_workers=...)`."
+)
 
 
 class _End:
-    """What the thread puts last: the error that ended it, or None at the natural end."""
+    """What the thread puts last: the error that ended it; None at the natural end, and where it hands over."""
 
-    def __init__(self, error: BaseException | None) -> None:
+    def __init__(self, error: BaseException | None, *, hands_over: bool) -> None:
         self.error = error
+        self.hands_over = hands_over
 
 
 class Prefetcher(Generic[T]):
@@ -28,13 +39,15 @@ class Prefetcher(Generic[T]):
     more than `depth`. An error of the source is raised in the consumer behind the items that came before it, with the
     traceback of the thread. With `depth=0` there is no thread: items are pulled when they are asked for.
 
-    Use it as a context manager: leaving it stops the thread and drops what is ready.
+    Use it as a context manager: leaving it stops the thread and drops what is ready. Where that is by Ctrl-C while the
+    source is at work, a second Ctrl-C leaves the thread behind at once.
 
     Args:
         source: What to iterate over. With a thread, only the thread touches it.
         depth: Items ahead of the consumer.
         context: Makes the context that the thread runs in. Grad and inference mode are per thread in torch, so a
             thread that handles tensors has to enter them itself.
+        hands_over: Tells an item after which the consumer pulls all others itself, when it asks for them.
 
     Example::
 
@@ -43,9 +56,16 @@ class Prefetcher(Generic[T]):
                 ...
     """
 
-    def __init__(self, source: Iterator[T], depth: int, context: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(
+        self,
+        source: Iterator[T],
+        depth: int,
+        context: Callable[[], AbstractContextManager[object]],
+        hands_over: Callable[[T], bool] = lambda item: False,
+    ) -> None:
         self._source = source
         self._context = context
+        self._hands_over = hands_over
         self._ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
         # A queue of tokens is a semaphore that needs no Python code to pass.
         self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -66,8 +86,17 @@ class Prefetcher(Generic[T]):
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
+            return
+        # The interrupt that is raised is the first one.
+        with suppress(KeyboardInterrupt):
+            if self._thread is not None and self._thread.is_alive():
+                rank_zero_info(
+                    "Interrupted: waiting for the dataset to return its batch. Press Ctrl-C again to end without it."
+                )
+            self.close()
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -79,6 +108,10 @@ class Prefetcher(Generic[T]):
             raise StopIteration
         item = self._ready.get()
         if isinstance(item, _End):
+            if item.hands_over:
+                self._thread.join()
+                self._thread, self.depth = None, 0
+                return next(self._source)
             self._stopped.set()
             if item.error is not None:
                 raise item.error
@@ -117,17 +150,31 @@ class Prefetcher(Generic[T]):
 
     def _produce(self) -> None:
         error: BaseException | None = None
+        hands_over = False
         try:
             with self._context():
-                while self._reserve():
+                while not hands_over and self._reserve():
                     try:
-                        self._ready.put(next(self._source))
+                        item = next(self._source)
                     except StopIteration:
                         break
+                    hands_over = self._hands_over(item)
+                    self._ready.put(item)
         except BaseException as exception:
             error = exception
-        self._ready.put(_End(error))
+            _add_note(error)
+        self._ready.put(_End(error, hands_over=hands_over))
 
     def _reserve(self) -> bool:
         self._slots.get()
         return not self._stopped.is_set()
+
+
+def _add_note(error: BaseException) -> None:
+    """Say with an error that it comes out of a thread, which may be what is wrong. Its type and arguments stay."""
+    text = str(error).lower()
+    note = _NOTE_OF_THREADS if "thread" in text or "event loop" in text else _NOTE
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        _log.error("%s: %s", type(error).__name__, note)

@@ -9,6 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from tqdm.auto import tqdm
 
+from lightning_hpu_infer.ahead import is_on_a_device
 from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
 from lightning_hpu_infer.observer import Lane, Observer, Stage
@@ -91,6 +92,11 @@ def _keep(reused: Sequence[bool], pins: bool) -> Callable[[Any, int], Any] | Non
         return owned(data) if reused[dataloader_idx] else data
 
     return keep
+
+
+def is_of_device(batch: Batch) -> bool:
+    """Whether a dataloader's first batch is on the device, so that its batches are the main thread's work."""
+    return batch.batch_idx == 0 and is_on_a_device(batch.data)
 
 
 def warmed_up(

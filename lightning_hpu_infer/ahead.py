@@ -1,0 +1,78 @@
+"""Whether batches may be prepared while the steps of earlier ones run."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_hpu_infer.nested import tensors_in
+
+# Attributes may be lists of all samples.
+_LOOKED_AT = 16
+# By their names, since they may never have been imported.
+_OF_ONE_THREAD = {
+    ("sqlite3", "Connection"),
+    ("sqlite3", "Cursor"),
+    ("_thread", "_local"),
+    ("asyncio.events", "AbstractEventLoop"),
+}
+
+
+def reason_against(loaders: Iterable[Any], listeners: Iterable[object]) -> str:
+    """Why no batch may be prepared before the step of the one before it has run; empty if nothing is known against it.
+
+    Main thread only. Worker processes have copies of a dataset, and read ahead in stock Lightning too.
+
+    Args:
+        loaders: The dataloaders of a run.
+        listeners: The module and the callbacks.
+    """
+    datasets: list[object] = []
+    for loader in loaders:
+        if not isinstance(loader, DataLoader):
+            datasets += _with_parts(loader)
+        elif loader.num_workers == 0:
+            datasets += _with_parts(loader.dataset)
+    for dataset in datasets:
+        if is_on_a_device([value for value in (dataset, *_held(dataset)) if isinstance(value, Tensor)]):
+            return f"tensors of {type(dataset).__name__} are on the device, which only the main thread calls"
+        if (found := next(filter(_is_of_one_thread, _held(dataset)), None)) is not None:
+            return f"{type(dataset).__name__} holds what belongs to the main thread ({type(found).__name__})"
+    ids = {id(dataset) for dataset in datasets}
+    for listener in listeners:
+        for holder in listener.modules() if isinstance(listener, nn.Module) else [listener]:
+            if any(id(value) in ids for value in _held(holder)):
+                return f"{type(holder).__name__} holds the dataset, which may depend on what was predicted before"
+    return ""
+
+
+def is_on_a_device(batch: Any) -> bool:
+    """Whether tensors of a batch are on a device already."""
+    return any(tensor.device.type not in ("cpu", "meta") for tensor in tensors_in(batch))
+
+
+def _with_parts(dataset: object) -> list[object]:
+    """A dataset, and those that it is made of, as a `Subset` is."""
+    found, rest = {}, [dataset]
+    while rest:
+        part = rest.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            rest += [value for value in _held(part) if isinstance(value, Dataset)]
+    return list(found.values())
+
+
+def _is_of_one_thread(value: object) -> bool:
+    return any((kind.__module__, kind.__name__) in _OF_ONE_THREAD for kind in type(value).__mro__)
+
+
+def _held(holder: object) -> Iterator[object]:
+    """An object's attributes, and what is in those that are collections."""
+    for value in list(getattr(holder, "__dict__", {}).values()):
+        yield value
+        if isinstance(value, list | tuple):
+            yield from value[:_LOOKED_AT]
+        elif isinstance(value, Mapping):
+            yield from islice(value.values(), _LOOKED_AT)
