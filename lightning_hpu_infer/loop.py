@@ -164,6 +164,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         else:
             # In stock Lightning all batches before are stored when a batch's end hooks run.
             self._drain()
+            self._observer.at(batch.index)
             output = self._buckets.cut(output, batch.lengths)
             self._end(batch, output)
         return PendingOutput(
