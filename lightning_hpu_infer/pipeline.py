@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -19,6 +19,7 @@ from lightning_hpu_infer.step import DeviceStep
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 
 T = TypeVar("T")
+_END: Any = object()
 
 
 class InFlight(Generic[T]):
@@ -73,9 +74,13 @@ class InferencePipeline:
         model: Takes one batch and returns any collection of tensors. It is moved to `device` and set to eval mode.
         device: An HPU if there is one, else the CPU.
         config: The same flags as `HPUInferenceAccelerator`'s; by default all techniques are on.
+        max_pending: Batches that may be pushed and not popped, 1 or more: each takes the device memory of a batch and
+            its output.
+        when_full: What one more does: "raise" an error, or "wait" until the oldest output has arrived, which then takes
+            host memory until it is popped.
 
     Raises:
-        ValueError: If `config` has an option that needs a Trainer's dataloaders.
+        ValueError: If `config` has an option that needs a Trainer's dataloaders, or another value is out of its range.
 
     Example::
 
@@ -90,9 +95,19 @@ class InferencePipeline:
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device | str | None = None, config: InferenceConfig | None = None
+        self,
+        model: nn.Module,
+        device: torch.device | str | None = None,
+        config: InferenceConfig | None = None,
+        *,
+        max_pending: int = 64,
+        when_full: Literal["raise", "wait"] = "raise",
     ) -> None:
         self.config: InferenceConfig = config if config is not None else InferenceConfig()
+        if max_pending < 1:
+            raise ValueError(f"`max_pending` must be 1 or more, got {max_pending!r}.")
+        if when_full not in ("raise", "wait"):
+            raise ValueError(f"`when_full` must be 'raise' or 'wait', got {when_full!r}.")
         for name in ("bucket_lengths", "group_by_length", "trace"):
             if getattr(self.config, name) is not None:
                 raise ValueError(f"`{name}` needs a Trainer, got {getattr(self.config, name)!r}. Leave it out here.")
@@ -111,7 +126,10 @@ class InferencePipeline:
         self._step = DeviceStep(step, self.device)
         self._depth = self.config.in_flight_depth(self.device.type)
         self._async_outputs = AsyncOutputs() if self.config.pipelining and self.config.async_output else None
-        self._pushed = InFlight(self._launch, self._depth)
+        self._pushed = InFlight(self._launch, max_pending - 1)
+        self._when_full = when_full
+        self._arrived: deque[Any] = deque()
+        """Outputs of batches that were pushed, on the host because there was no place for them on the device."""
         self._closed = False
 
     def __enter__(self) -> "InferencePipeline":
@@ -121,11 +139,12 @@ class InferencePipeline:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._pushed)
+        return len(self._arrived) + len(self._pushed)
 
     def close(self) -> None:
         """Forget what was pushed, release the graphs and leave the model as it was."""
         self._closed = True
+        self._arrived.clear()
         self._pushed.clear()
         self._attached.close()
 
@@ -133,8 +152,15 @@ class InferencePipeline:
         """Launch a batch of host tensors, whose memory may be filled again afterwards. Does not wait for the device.
 
         Raises:
-            RuntimeError: If the pipeline is closed.
+            RuntimeError: If the pipeline is closed, or full and not told to wait then.
         """
+        if len(self._pushed) > self._pushed.depth:
+            if self._when_full == "raise":
+                raise RuntimeError(
+                    f"The pipeline is full: {len(self._pushed)} batches were pushed and not popped (`max_pending`). Pop"
+                    " the oldest first, or pass `when_full='wait'`."
+                )
+            self._arrived.append(self._retire(self._pushed))
         self._pushed.launch(self._prepare(batch, reused=self._on_hpu))
 
     def pop(self) -> Any:
@@ -143,12 +169,13 @@ class InferencePipeline:
         Raises:
             IndexError: If every batch pushed was popped.
         """
-        return self._retire(self._pushed)
+        return self._arrived.popleft() if self._arrived else self._retire(self._pushed)
 
     def predict(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Outputs of `batches` in order, with host tensors. Later batches are prepared and launched meanwhile.
 
-        Batches that were pushed by hand are not among them.
+        Batches that were pushed by hand are not among them. An error, of `batches` or of the model, is raised after the
+        outputs of all batches before it. A generator that is closed early drops what is in flight.
 
         Raises:
             RuntimeError: If the pipeline is closed.
@@ -158,13 +185,24 @@ class InferencePipeline:
         # On the CPU a batch is done with when it is launched.
         reused = may_reuse_memory(batches) and (self._on_hpu or ahead > 0)
         prepare = partial(self._prepare, reused=reused)
-        with Prefetcher(map(prepare, batches), ahead, torch.inference_mode) as prepared:
-            for batch in prepared:
-                in_flight.launch(batch)
-                if in_flight.over_capacity:
-                    yield self._retire(in_flight)
-        while in_flight:
-            yield self._retire(in_flight)
+        failed: Exception | None = None
+        try:
+            with Prefetcher(map(prepare, batches), ahead, torch.inference_mode) as prepared:
+                while failed is None:
+                    try:
+                        if (batch := next(prepared, _END)) is _END:
+                            break
+                        in_flight.launch(batch)
+                    except Exception as error:
+                        failed = error
+                    if in_flight.over_capacity:
+                        yield self._retire(in_flight)
+            while in_flight:
+                yield self._retire(in_flight)
+        finally:
+            in_flight.clear()
+        if failed is not None:
+            raise failed
 
     def _prepare(self, batch: Any, *, reused: bool) -> Any:
         """The batch in memory that the device reads by itself, and that its owner does not write if it may."""

@@ -164,7 +164,9 @@ class Look(Callback):
 
 def test_rule_8_what_is_kept_is_not_pinned_and_stays() -> None:
     look = Look()
-    predictions = trainer(HPUInferenceAccelerator(async_output=True, defer_hooks=True), [look]).predict(Net(), rows(12, 2))
+    predictions = trainer(HPUInferenceAccelerator(async_output=True, defer_hooks=True), [look]).predict(
+        Net(), rows(12, 2)
+    )
     assert predictions is not None
     for seen, kept in zip(look.outputs, predictions, strict=True):
         assert seen.device.type == "cpu"

@@ -1,5 +1,6 @@
 """The engine without a Trainer."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,6 +75,56 @@ def test_an_error_of_the_batches_surfaces_and_the_pipeline_goes_on() -> None:
         with pytest.raises(Broken):
             list(pipeline.predict(faulty()))
         assert_equal(list(pipeline.predict(batches())), expected())
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("fault", ["batches", "model"])
+def test_rule_10_an_error_comes_after_the_outputs_before_it(config: InferenceConfig, fault: str) -> None:
+    def faulty() -> Iterator[Tensor]:
+        for index, batch in enumerate(batches()):
+            if index == 5:
+                if fault == "batches":
+                    raise Broken("batch 5")
+                yield torch.zeros(1, 3)
+            yield batch
+
+    found: list[Tensor] = []
+    with InferencePipeline(Net().net, config=config) as pipeline:
+        with pytest.raises(Broken if fault == "batches" else RuntimeError, match=r"batch 5|shapes|reduction dim"):
+            found.extend(pipeline.predict(faulty()))
+        assert_equal(found, expected()[:5])
+        assert_equal(list(pipeline.predict(batches())), expected())
+
+
+def test_rule_9_pushing_has_a_bound_that_raises_or_waits() -> None:
+    with InferencePipeline(Net().net, max_pending=3) as pipeline:
+        for batch in batches(3):
+            pipeline.push(batch)
+        with pytest.raises(RuntimeError, match=r"full: 3 batches .*`max_pending`.*Pop the oldest.*`when_full='wait'`"):
+            pipeline.push(batches()[3])
+        found = [pipeline.pop()]
+        pipeline.push(batches()[3])
+        assert len(pipeline) == 3
+        assert_equal(found + [pipeline.pop() for _ in range(3)], expected(4))
+    with InferencePipeline(Net().net, max_pending=2, when_full="wait") as pipeline:
+        for batch in batches():
+            pipeline.push(batch)
+        assert len(pipeline) == 7
+        assert_equal([pipeline.pop() for _ in range(7)], expected())
+        with pytest.raises(IndexError, match="Nothing is in flight"):
+            pipeline.pop()
+    with pytest.raises(ValueError, match="`max_pending` must be 1 or more, got 0"):
+        InferencePipeline(Net().net, max_pending=0)
+    with pytest.raises(ValueError, match="`when_full` must be 'raise' or 'wait', got 'block'"):
+        InferencePipeline(Net().net, when_full="block")  # type: ignore[arg-type]
+
+
+def test_rule_8_closing_early_drops_what_is_in_flight(device: str) -> None:
+    with InferencePipeline(Net().net, config=InferenceConfig(in_flight=3, hpu_graphs=False)) as pipeline:
+        outputs = pipeline.predict(batches())
+        found = next(outputs)
+        outputs.close()  # type: ignore[attr-defined]
+        assert_equal([found, *pipeline.predict(batches()[1:])], expected())
 
 
 def test_leaving_early_ends_the_thread() -> None:
