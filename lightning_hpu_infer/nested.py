@@ -39,13 +39,16 @@ def with_parts(data: Any, parts: dict[Any, Any]) -> Any:
     copied = copy.copy(data)
     if copied is data:
         raise TypeError(f"{type(data).__name__} gives itself for a copy.")
-    if isinstance(copied, MutableMapping | list | deque | UserList):
-        for name, part in parts.items():
+    before = parts_of(data) or {}
+    for name, part in parts.items():
+        if part is before[name]:
+            continue
+        if isinstance(copied, MutableMapping | list | deque | UserList):
             copied[name] = part
-        _set_attributes(copied, data, parts)
-    else:
-        for name, part in parts.items():
+        else:
             object.__setattr__(copied, name, part)  # the dataclass may be frozen
+    if isinstance(copied, MutableMapping | list | deque | UserList):
+        _set_attributes(copied, data, {id(before[name]): part for name, part in parts.items()})
     return copied
 
 
@@ -59,16 +62,19 @@ def _tuple_with_parts(data: Any, parts: dict[Any, Any]) -> Any:
     return copied
 
 
-def _set_attributes(copied: Any, data: Any, parts: dict[Any, Any]) -> None:
-    """The attributes through which parts of a collection can be had as well, as `batch.x` for `batch["x"]`."""
+def _set_attributes(copied: Any, data: Any, new: dict[int, Any]) -> None:
+    """Set the attributes through which parts of a collection can be had as well, as `batch.x` for `batch["x"]`.
+
+    Args:
+        copied: Gets them.
+        data: What it is a copy of.
+        new: The new parts, by the ids of the old ones.
+    """
     attributes = getattr(data, "__dict__", None)
-    if not attributes:
-        return
     if attributes is data:
         copied.__dict__ = copied
-        return
-    names = {id(part): name for name, part in (parts_of(data) or {}).items()}
-    vars(copied).update({name: parts[names[id(part)]] for name, part in attributes.items() if id(part) in names})
+    elif attributes:
+        vars(copied).update({name: new[id(part)] for name, part in attributes.items() if id(part) in new})
 
 
 def tensors_in(data: Any) -> Iterator[Tensor]:
@@ -81,8 +87,15 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
 
 
 def size_of(data: Any) -> int:
-    """Bytes of the tensors in nested collections."""
-    return sum(tensor.nbytes for tensor in tensors_in(data))
+    """Bytes of the tensors in nested collections; about as many, where they are sparse."""
+    return sum(map(_bytes_of, tensors_in(data)))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    try:
+        return tensor.nbytes
+    except RuntimeError:  # Sparse tensors have none (torch 2.13).
+        return int(tensor._nnz()) * (tensor.itemsize + 8 * tensor.dim())
 
 
 def map_tensors(

@@ -39,12 +39,9 @@ def copy_of(tensor: Tensor) -> Tensor:
     """
     if tensor.device.type != "cpu":
         return tensor
-    if tensor.is_inference():
-        copied = tensor.clone()
-    else:
-        # One that is made in inference mode would be refused by autograd in the step.
-        with torch.inference_mode(False):
-            copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    # One that is made in inference mode would be refused by autograd in the step.
+    with torch.inference_mode(tensor.is_inference()):
+        copied = tensor.detach().clone().requires_grad_(tensor.requires_grad)
     if attributes := getattr(tensor, "__dict__", None):
         vars(copied).update(attributes)
     return copied

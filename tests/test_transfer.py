@@ -1,10 +1,12 @@
 from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 from lightning_hpu_infer import emulator
@@ -47,9 +49,47 @@ def test_what_the_bridge_would_not_read_from_pinned_memory_stays(tensor: Tensor)
     assert pin(tensor) is tensor
 
 
-def test_sparse_tensors_stay() -> None:
-    sparse = torch.eye(3).to_sparse()
-    assert pin(sparse) is sparse
+class Own(Tensor):
+    """A tensor of a class of the user's own."""
+
+
+NOT_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "COO": Tensor.to_sparse,
+    "CSR": Tensor.to_sparse_csr,
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    "MKLDNN": Tensor.to_mkldnn,
+    "meta": lambda x: x.to("meta"),
+    "fake": FakeTensorMode().from_tensor,
+    "on the device": lambda x: x.to(HPU),
+    "own class": lambda x: x.as_subclass(Own),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|Sparse CSR|nested tensors|NJT)")
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_tensors_that_are_not_plain_stay(kind: str) -> None:
+    tensor = NOT_PLAIN[kind](torch.eye(3))
+    assert pin([tensor])[0] is tensor
+
+
+def test_memory_that_is_pinned_already_is_copied_if_it_may_be_filled_again() -> None:
+    buffer = torch.ones(3).pin_memory("hpu")
+    assert pin(buffer) is buffer
+    copied = pin(buffer, owns=True)
+    buffer.fill_(2)
+    assert pinned(copied)
+    assert_equal(copied, torch.ones(3))
+
+
+def test_what_is_pinned_is_copied_once() -> None:
+    """The copy to pinned memory is the copy that nobody else writes to."""
+    batch = {"x": torch.ones(3), "ids": torch.ones(3, dtype=torch.int64)}
+    copied = pin(batch, owns=True)
+    assert pinned(copied["x"])
+    assert not pinned(copied["ids"])
+    assert copied["ids"] is not batch["ids"]
 
 
 def test_in_eager_mode_64_bit_tensors_are_pinned_too() -> None:
