@@ -68,6 +68,8 @@ class HPUInferenceAccelerator(Accelerator):
             "auto" does so where all that there are can be late without a difference: those of prediction writers, of
             Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
             tensors, as stock Lightning does, and delay only the stored predictions. Used when `pipelining`.
+        lengths: One flag for batches of a Hugging Face tokenizer, made of samples with `input_ids`: "auto" is short for
+            `group_by_length="input_ids"`, `bucket_lengths="auto"` and `pad_spec="tokenizer"`, each unless it is given.
         bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them.
         num_buckets: Lengths that "auto" chooses at most, 1 to 1024.
         bucket_multiple: Lengths that "auto" chooses are multiples of this, 1 to 65536.
@@ -104,6 +106,7 @@ class HPUInferenceAccelerator(Accelerator):
         in_flight: int | None = None,
         depth_memory: int = 2**30,
         defer_hooks: bool | Literal["auto"] = "auto",
+        lengths: Literal["auto"] | None = None,
         bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
         num_buckets: int = 8,
         bucket_multiple: int = 8,
@@ -127,6 +130,7 @@ class HPUInferenceAccelerator(Accelerator):
             in_flight=in_flight,
             depth_memory=depth_memory,
             defer_hooks=defer_hooks,
+            lengths=lengths,
             bucket_lengths=bucket_lengths,
             num_buckets=num_buckets,
             bucket_multiple=bucket_multiple,

@@ -113,6 +113,10 @@ class InferenceConfig:
 
     # Lengths
 
+    lengths: Literal["auto"] | None = None
+    """One flag for batches of a Hugging Face tokenizer, made of samples with `input_ids`: "auto" is short for
+    `group_by_length="input_ids"`, `bucket_lengths="auto"` and `pad_spec="tokenizer"`, each unless it is given."""
+
     bucket_lengths: Sequence[int] | Literal["auto"] | None = None
     """Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them."""
 
@@ -168,6 +172,13 @@ class InferenceConfig:
             raise ValueError(
                 "`hpu_graphs='direct'` captures only modules that you name: pass `graph_modules=['encoder', ...]`."
             )
+        if self.lengths not in (None, "auto"):
+            raise TypeError(f"`lengths` must be 'auto' or None, got {self.lengths!r}.")
+        if self.lengths == "auto":
+            chosen = {"group_by_length": "input_ids", "bucket_lengths": "auto", "pad_spec": "tokenizer"}
+            for name, value in chosen.items():
+                if getattr(self, name) is None:
+                    self._set(name, value)
         if self.bucket_lengths is not None and self.bucket_lengths != "auto":
             self._set("bucket_lengths", _checked_lengths(self.bucket_lengths))
         if self.pad_spec == "tokenizer":

@@ -250,6 +250,11 @@ class PipelinedPredictionLoop(PredictionLoop):
         if by is not None and not self.skip:
             loaders = zip(self._combined_loader.flattened, self.max_batches, strict=True)
             self._reordered = [Reordered(loader, batches, by) for loader, batches in loaders]
+            if self._graphs is not None and not self._buckets.pads:
+                rank_zero_info(
+                    "`group_by_length` without `bucket_lengths`: each length needs a graph of its own. Pass"
+                    " `lengths='auto'` for batches of a tokenizer, or `bucket_lengths` with a `pad_spec`."
+                )
         self._buckets.start([length for loader in self._reordered for length in loader.longest])
 
     def reset(self) -> None:

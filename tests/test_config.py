@@ -65,8 +65,8 @@ def test_a_subclass_names_the_option_that_it_hands_on() -> None:
             super().__init__(**flags)
 
     assert Mine(workers=2, prefetch=3).config.prefetch == 3
-    with pytest.raises(TypeError, match=r"HPUInferenceAccelerator has no option `prefetchs`\. Did you mean `prefetch`"):
-        Mine(prefetchs=3)
+    with pytest.raises(TypeError, match=r"HPUInferenceAccelerator has no option `prefech`\. Did you mean `prefetch`"):
+        Mine(prefech=3)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`group_by_length`: batches of like lengths; whatever the user sees is in the dataset's order."""
 
 import copy
+import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
 
-from lightning_hpu_infer import HPUInferenceAccelerator
+from lightning_hpu_infer import HPUInferenceAccelerator, PadSpec
 from lightning_hpu_infer.lengths.order import grouped_order, lengths_of
 from tests.helpers import Net, Writer, assert_equal, predict, trainer
 
@@ -151,6 +153,64 @@ def test_on_the_emulated_hpu_twice() -> None:
     expected = predict("cpu", Mean(), loader())
     for _ in range(2):
         assert_equal(ours.predict(Mean(), loader()), expected)
+
+
+class Tokens(Sentences):
+    """The same as what a tokenizer makes of sentences."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": [1 + index % 7] * WORDS[index]}
+
+
+def pad_tokens(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    longest = max(len(sample["input_ids"]) for sample in samples)
+    ids = [sample["input_ids"] + [0] * (longest - len(sample["input_ids"])) for sample in samples]
+    return {"input_ids": torch.tensor(ids), "attention_mask": (torch.tensor(ids) > 0).long()}
+
+
+class Pooled(Net):
+    """Reads the attention mask, as encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(8, 4)
+        self.lengths: list[int] = []
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.lengths.append(batch["input_ids"].shape[1])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        mask = batch["attention_mask"][..., None].float()
+        return self.net((self.embedding(batch["input_ids"]) * mask).sum(1) / mask.sum(1))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("flags", [{}, {"num_buckets": 2, "bucket_multiple": 4}, {"bucket_lengths": [8, 16]}], ids=str)
+def test_one_flag_groups_buckets_and_pads_the_batches_of_a_tokenizer(flags: dict[str, Any]) -> None:
+    tokens: Any = DataLoader(Tokens(), batch_size=4, collate_fn=pad_tokens)
+    expected = predict("cpu", Pooled(), tokens)
+    module = Pooled()
+    assert_equal(predict(HPUInferenceAccelerator(lengths="auto", **flags), module, tokens), expected)
+    assert module.lengths == sorted(module.lengths, reverse=True)
+    assert len(set(module.lengths)) == 2
+
+
+def test_one_flag_is_short_for_three() -> None:
+    config = HPUInferenceAccelerator(lengths="auto").config
+    three = HPUInferenceAccelerator(group_by_length="input_ids", bucket_lengths="auto", pad_spec="tokenizer").config
+    assert dataclasses.replace(config, lengths=None) == three
+    spec = PadSpec.tokenizer(last_hidden_state=1)
+    config = HPUInferenceAccelerator(lengths="auto", group_by_length=len, pad_spec=spec).config
+    assert (config.group_by_length, config.bucket_lengths, config.pad_spec) == (len, "auto", spec)
+    with pytest.raises(TypeError, match="`lengths` must be 'auto' or None, got True"):
+        HPUInferenceAccelerator(lengths=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_order_of_length_without_buckets_says_that_each_length_needs_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        predict(HPUInferenceAccelerator(group_by_length="words"), Mean(), loader())
+    assert any("each length needs a graph of its own" in record.message for record in caplog.records)
 
 
 @pytest.mark.smoke

@@ -12,7 +12,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "verify_graphs": (1, 0),
     "pad_batch": (False, True),
     "async_copy": (True, False),
-    "async_output": (False, True),
+    "async_output": (True, False),
     "pipelining": (True, False, "auto"),
     "prefetch": (None, 0, 4),
     "in_flight": (None, 0, 3),
@@ -23,6 +23,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
 ELSEWHERE = {
     "graph_modules": "names modules, of which the cases have different ones: tests/graphs/test_step.py",
     "depth_memory": "bounds depths that a run raises after 32 batches: tests/test_tuning.py",
+    "lengths": "needs batches of a tokenizer: tests/lengths/test_order.py",
     "bucket_lengths": "needs batches with a length: tests/lengths/test_buckets.py",
     "num_buckets": "needs batches with a length: tests/lengths/test_buckets.py",
     "bucket_multiple": "needs batches with a length: tests/lengths/test_buckets.py",

@@ -38,6 +38,7 @@ OTHER_VALUES: dict[str, Any] = {
     "graph_memory": 10**9,
     "verify_graphs": 4,
     "pad_batch": True,
+    "lengths": "auto",
     "bucket_lengths": (4,),
     "num_buckets": 3,
     "bucket_multiple": 16,
