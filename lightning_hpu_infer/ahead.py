@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_hpu_infer._torch import has_modes
 from lightning_hpu_infer.nested import tensors_in
 
 # Attributes may be lists of all samples.
@@ -29,6 +30,8 @@ def reason_against(loaders: Iterable[Any], listeners: Iterable[object]) -> str:
         loaders: The dataloaders of a run.
         listeners: The module and the callbacks.
     """
+    if has_modes():
+        return "a mode of this thread is active, as of `torch.autocast` or `torch.set_default_device`"
     datasets: list[object] = []
     for loader in loaders:
         if not isinstance(loader, DataLoader):

@@ -82,6 +82,24 @@ def test_a_database_of_the_main_thread(device: str) -> None:
     assert_equal(predict(HPUInferenceAccelerator(), Net(), DataLoader(Subset(Table(), range(12)), 2)), expected)
 
 
+class Products(Rows):
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.rows[index : index + 1] @ torch.eye(4)).float()[0]
+
+
+class Same(Net):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return batch * 1
+
+
+def test_autocast_around_the_run_holds_for_the_dataset(device: str) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = predict("cpu", Same(), DataLoader(Products(12), 2))
+        actual = predict(HPUInferenceAccelerator(), Same(), DataLoader(Products(12), 2))
+    assert_equal(actual, expected)
+    assert not torch.equal(torch.cat(expected), Rows(12).rows)  # it has lost precision
+
+
 class Holder(Dataset[Tensor]):
     def __init__(self, held: Any) -> None:
         self.held = held
