@@ -41,7 +41,6 @@ __all__ = [
     "fake_value",
     "forget_compiled",
     "guard_gaps",
-    "has_modes",
     "is_dense",
     "is_static",
     "line_of",
@@ -344,13 +343,6 @@ def must_run_plainly() -> str:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a TorchDispatchMode or TorchFunctionMode is active, which a replay would not pass through"
     return ""
-
-
-def has_modes() -> bool:
-    """Whether this thread computes in a mode that other threads do not have, such as another default device."""
-    return bool(
-        torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    )
 
 
 def guard_gaps(device_type: str) -> tuple[Any, ...]:

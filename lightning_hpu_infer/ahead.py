@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hpu_infer._torch import has_modes
 from lightning_hpu_infer.nested import tensors_in
 
 # Attributes may be lists of all samples.
@@ -30,8 +30,8 @@ def reason_against(loaders: Iterable[Any], listeners: Iterable[object]) -> str:
         loaders: The dataloaders of a run.
         listeners: The module and the callbacks.
     """
-    if has_modes():
-        return "a mode of this thread is active, as of `torch.autocast` or `torch.set_default_device`"
+    if torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu":
+        return "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
     datasets: list[object] = []
     for loader in loaders:
         if not isinstance(loader, DataLoader):

@@ -212,3 +212,20 @@ def test_nothing_is_copied_on_the_cpu_by_default() -> None:
             return super().predict_step(batch, batch_idx)
 
     assert len(trainer(HPUInferenceAccelerator()).predict(Writes(), loader) or []) == BATCHES
+
+
+class AddsOne(LightningModule):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return batch.add_(1).clone()
+
+
+@pytest.mark.parametrize("flags", [{"prefetch": 2}, {"in_flight": 2, "prefetch": 0}], ids=str)
+def test_a_step_that_writes_into_its_batch_writes_into_a_copy(flags: dict[str, Any]) -> None:
+    for accelerator, changed in (("cpu", 1), (HPUInferenceAccelerator(**flags), 0)):
+        rows = Rows(4)
+        before = rows.rows.clone()
+        predictions = trainer(accelerator).predict(
+            AddsOne(), DataLoader(rows, 1, collate_fn=lambda samples: samples[0])
+        )
+        assert_equal(predictions, list(before + 1))
+        assert_equal(rows.rows, before + changed)
