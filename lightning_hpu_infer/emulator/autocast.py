@@ -6,6 +6,7 @@ Everything here follows the bridge's ``hpu_ops/autocast_helpers.h`` and its ``hp
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.overrides import enable_reentrant_dispatch
 
 aten = torch.ops.aten
 
@@ -94,7 +96,7 @@ def _takes_tensors(func: OpOverload) -> bool:
 
 def _kernel(func: OpOverload, cast: Cast) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        outer, _calls.has_cast = has_cast(), True
+        outer, _calls.has_cast = _has_cast(), True
         try:
             with torch._C._ExcludeDispatchKeyGuard(_KEY):
                 args, kwargs = cast(args, kwargs)
@@ -105,9 +107,25 @@ def _kernel(func: OpOverload, cast: Cast) -> Callable[..., Any]:
     return kernel
 
 
-def has_cast() -> bool:
+def _has_cast() -> bool:
     """Tell whether this thread is in an op whose operands were cast: its parts are left alone."""
     return getattr(_calls, "has_cast", False)
+
+
+def of_parts() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which autocast casts the operands of ops that another one is made of.
+
+    PyTorch takes an op apart before autocast, except in inference mode: there it arrives whole at the tensor, and with
+    autocast switched off.
+    """
+    if _has_cast():
+        return contextlib.nullcontext()
+    with enable_reentrant_dispatch():
+        enabled = torch.is_autocast_enabled("hpu")
+    if not enabled:
+        return contextlib.nullcontext()
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded - _KEY)
 
 
 def _is_eligible(value: Any) -> bool:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch._ops import OpOverload
-from torch.overrides import enable_reentrant_dispatch
 from torch.utils._mode_utils import no_dispatch
 
 from lightning_hpu_infer.emulator import autocast, runtime
@@ -190,9 +189,7 @@ def dispatch(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if (handler := HANDLERS.get(func)) is not None:
         return handler(rt, func, args, kwargs)
     if _is_composite(func):
-        if autocast.has_cast():
-            return func.decompose(*args, **kwargs)
-        with enable_reentrant_dispatch():  # or autocast would not see the parts
+        with autocast.of_parts():
             return func.decompose(*args, **kwargs)
     return run(rt, func, args, kwargs)
 

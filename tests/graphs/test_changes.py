@@ -64,10 +64,18 @@ def _loaders(loader: int) -> Any:
     return [rows(12, 2), rows(12, 2)] if loader else rows(2 * BATCHES, 2)
 
 
+# Habana's lists of ops for autocast are not the CPU's: compared with the same device without graphs.
+OTHER_ON_THE_CPU = {"autocast_in_the_step"}
+
+
 def assert_equals_stock(name: str, lazy: bool, batch: int, loader: int = 0) -> None:
-    expected = stock(name, batch, loader)
     with installed(lazy=lazy):
         actual = predictions(HPUInferenceAccelerator(), CHANGES[name], _loaders(loader), batch, loader)
+        if name in OTHER_ON_THE_CPU:
+            plain = HPUInferenceAccelerator(pipelining=False, hpu_graphs=False)
+            assert_equal(actual, predictions(plain, CHANGES[name], _loaders(loader), batch, loader))
+            return
+    expected = stock(name, batch, loader)
     assert_equal(actual, expected)
 
 
