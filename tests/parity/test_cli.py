@@ -127,7 +127,13 @@ def test_the_flags_above_are_all_there_are_and_none_is_a_default() -> None:
     assert [name for name, value in defaults.items() if OTHER_VALUES[name] == value] == []
 
 
-@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_yaml_with_the_flag_for_tokenizers_reaches_the_run(emulated: None, tmp_path: Path) -> None:
+    # The rows of this file's data are no sentences.
+    with pytest.raises(ValueError, match="Sample 0 has nothing with a length under 'input_ids'"):
+        run_cli(tmp_path, write(tmp_path, accelerator_yaml({"lengths": "auto"})))
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_VALUES if name != "lengths"])
 def test_yaml_with_one_flag_leaves_the_others_at_their_defaults(emulated: None, name: str, tmp_path: Path) -> None:
     given = {each: OTHER_VALUES[each] for each in TOGETHER.get(name, (name,))}
     cli = run_cli(tmp_path, write(tmp_path, accelerator_yaml(given)))
