@@ -69,8 +69,8 @@ def _in_use() -> int:
 
 @assume(
     "Ops in inference mode return tensors that say so (`is_inference`), and weights do not.",
-    source="PyTorch; `transfer.py` tells computed outputs from weights by it",
-    turns_off="`pipelining=False, async_output=False`",
+    source="PyTorch; `graphs/weights.py` keeps the weights of the run before, and no output, by it",
+    turns_off="`hpu_graphs=False`",
 )
 def inference_tensors_say_so() -> str:
     """An output, a view of it, and a weight."""
@@ -82,20 +82,6 @@ def inference_tensors_say_so() -> str:
         expect(not weight.is_inference(), "a weight says so")
         expect(not weight[1:].is_inference(), "a view of a weight says so")
     return "outputs do, weights do not"
-
-
-@assume(
-    "Outside of inference mode, a tensor's `_version` grows with each write in place.",
-    source="PyTorch; `transfer.py` refuses an output that was overwritten by it",
-    turns_off="`pipelining=False`",
-)
-def writes_in_place_are_counted() -> str:
-    """A tensor before and after a write."""
-    tensor = torch.ones(4, device=DEVICE)
-    before = tensor._version
-    tensor.add_(1)
-    expect(tensor._version > before, f"`_version` is {tensor._version} after a write, and was {before}")
-    return "they are"
 
 
 @assume(

@@ -80,11 +80,6 @@ def _(patch: Patch) -> None:
     patch.setattr(Tensor, "is_inference", lambda tensor: False)
 
 
-@breaks("writes in place are counted")
-def _(patch: Patch) -> None:
-    patch.setattr(Tensor, "_version", 0)
-
-
 @breaks("addresses tell shared memory")
 def _(patch: Patch) -> None:
     numbers = itertools.count(1)
