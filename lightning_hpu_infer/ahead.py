@@ -1,10 +1,11 @@
 """Whether batches may be prepared while the steps of earlier ones run."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,7 +22,7 @@ _OF_ONE_THREAD = {
 }
 
 
-def reason_against(loaders: Iterable[Any], listeners: Iterable[object]) -> str:
+def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
     """Why no batch may be prepared before the step of the one before it has run; empty if nothing is known against it.
 
     Main thread only. Worker processes have copies of a dataset, and read ahead in stock Lightning too.
@@ -32,6 +33,9 @@ def reason_against(loaders: Iterable[Any], listeners: Iterable[object]) -> str:
     """
     if torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu":
         return "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
+    for listener in listeners:
+        if isinstance(listener, LightningModule) and _converts(listener):
+            return f"`on_before_batch_transfer` of {type(listener).__name__} may use what earlier steps have written"
     datasets: list[object] = []
     for loader in loaders:
         if not isinstance(loader, DataLoader):
@@ -65,6 +69,11 @@ def _with_parts(dataset: object) -> list[object]:
             found[id(part)] = part
             rest += [value for value in _held(part) if isinstance(value, Dataset)]
     return list(found.values())
+
+
+def _converts(module: LightningModule) -> bool:
+    hook = getattr(module.on_before_batch_transfer, "__func__", None)
+    return hook is not LightningModule.on_before_batch_transfer
 
 
 def _is_of_one_thread(value: object) -> bool:

@@ -62,6 +62,28 @@ def test_whoever_chooses_prefetch_gets_it() -> None:
     assert data.threads == {"hpu-infer-prefetch"}
 
 
+class Recurrent(Net):
+    """Its batches are changed by what was predicted for the one before."""
+
+    before: Any = 0.0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch + self.before
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        predicted = self.net(batch)
+        self.before = predicted.sum().item()
+        return predicted
+
+
+@pytest.mark.parametrize("flags", [{}, {"in_flight": 3}, {"pipelining": "auto"}], ids=str)
+def test_a_transfer_hook_that_uses_what_the_step_has_written(flags: dict[str, Any], device: str) -> None:
+    expected = predict("cpu", Recurrent(), DataLoader(Rows(12), 2))
+    assert_equal(
+        predict(HPUInferenceAccelerator(**flags, hpu_graphs=False), Recurrent(), DataLoader(Rows(12), 2)), expected
+    )
+
+
 class Table(Dataset[Tensor]):
     """A database that may be used in the thread only that has opened it."""
 
