@@ -68,6 +68,15 @@ class HPUInferenceAccelerator(Accelerator):
             "auto" does so where all that there are can be late without a difference: those of prediction writers, of
             Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
             tensors, as stock Lightning does, and delay only the stored predictions. Used when `pipelining`.
+        postprocess: A function that is called with the output of each batch, with host tensors, such as one that
+            decodes. What it returns takes the place of the prediction for end hooks, writers and the list of
+            predictions. It runs beside the main thread, for several batches at once; in place without `pipelining`, and
+            where end hooks run right after the step (`defer_hooks`).
+        postprocess_workers: Calls of `postprocess` at once, 0 to 256; twice as many outputs may be there for them. 0
+            calls it in place. Used with `postprocess`.
+        postprocess_backend: What these workers are. Threads suit work outside of Python, as of torch, NumPy and
+            tokenizers. Processes suit Python code; they take seconds to start, and what they call, take and return is
+            pickled. Used with `postprocess`.
         lengths: One flag for batches of a Hugging Face tokenizer, made of samples with `input_ids`: "auto" is short for
             `group_by_length="input_ids"`, `bucket_lengths="auto"` and `pad_spec="tokenizer"`, each unless it is given.
         bucket_lengths: Lengths to which batches are padded on the host, as `pad_spec` says. "auto" chooses them.
@@ -106,6 +115,9 @@ class HPUInferenceAccelerator(Accelerator):
         in_flight: int | None = None,
         depth_memory: int = 2**30,
         defer_hooks: bool | Literal["auto"] = "auto",
+        postprocess: Callable[[Any], Any] | None = None,
+        postprocess_workers: int = 2,
+        postprocess_backend: Literal["thread", "process"] = "thread",
         lengths: Literal["auto"] | None = None,
         bucket_lengths: Sequence[int] | Literal["auto"] | None = None,
         num_buckets: int = 8,
@@ -130,6 +142,9 @@ class HPUInferenceAccelerator(Accelerator):
             in_flight=in_flight,
             depth_memory=depth_memory,
             defer_hooks=defer_hooks,
+            postprocess=postprocess,
+            postprocess_workers=postprocess_workers,
+            postprocess_backend=postprocess_backend,
             lengths=lengths,
             bucket_lengths=bucket_lengths,
             num_buckets=num_buckets,

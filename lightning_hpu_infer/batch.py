@@ -34,6 +34,10 @@ class Batch:
     counters: "Counters" = ()
     """`counters_of` the progress after its step."""
 
+    def __str__(self) -> str:
+        """Its name in messages."""
+        return f"batch {self.batch_idx} of dataloader {self.dataloader_idx}"
+
 
 Counters = tuple[tuple[int, int, int], ...]
 

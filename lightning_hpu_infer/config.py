@@ -111,6 +111,22 @@ class InferenceConfig:
     ours. False, and "auto" otherwise, run them right after the step with device tensors, as stock Lightning does, and
     delay only the stored predictions. Used when `pipelining`."""
 
+    # Post-processing
+
+    postprocess: Callable[[Any], Any] | None = None
+    """A function that is called with the output of each batch, with host tensors, such as one that decodes. What it
+    returns takes the place of the prediction for end hooks, writers and the list of predictions. It runs beside the
+    main thread, for several batches at once; in place without `pipelining`, and where end hooks run right after the
+    step (`defer_hooks`)."""
+
+    postprocess_workers: int = 2
+    """Calls of `postprocess` at once, 0 to 256; twice as many outputs may be there for them. 0 calls it in place. Used
+    with `postprocess`."""
+
+    postprocess_backend: Literal["thread", "process"] = "thread"
+    """What these workers are. Threads suit work outside of Python, as of torch, NumPy and tokenizers. Processes suit
+    Python code; they take seconds to start, and what they call, take and return is pickled. Used with `postprocess`."""
+
     # Lengths
 
     lengths: Literal["auto"] | None = None
@@ -159,11 +175,16 @@ class InferenceConfig:
             ("num_buckets", 1, 1024),
             ("bucket_multiple", 1, 65536),
             ("depth_memory", 1, 2**63),
+            ("postprocess_workers", 0, 256),
         ):
             _check_range(name, getattr(self, name), low, high)
         for name in ("prefetch", "in_flight"):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 0, 1024)
+        if not (self.postprocess is None or callable(self.postprocess)):
+            raise TypeError(f"`postprocess` must be a function or None, got {self.postprocess!r}.")
+        if self.postprocess_backend not in ("thread", "process"):
+            raise TypeError(f"`postprocess_backend` must be 'thread' or 'process', got {self.postprocess_backend!r}.")
         if self.graph_memory is not None:
             _check_range("graph_memory", self.graph_memory, 1, 2**63)
         if self.graph_modules is not None and self.graph_modules != "blocks":

@@ -22,9 +22,10 @@ from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.ownership import may_reuse_memory
 from lightning_hpu_infer.pipeline import InFlight
+from lightning_hpu_infer.postprocess import Postprocess
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.source import host_batches, is_of_device, warmed_up
-from lightning_hpu_infer.step import step_on_device
+from lightning_hpu_infer.step import sets_default_dtype, step_on_device
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 
@@ -49,6 +50,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     _tuner: DepthTuner | None
     _async_outputs: AsyncOutputs | None
     _in_flight: InFlight[Batch]
+    _postprocess: Postprocess[Batch]
     _reordered: list[Reordered]
 
     @classmethod
@@ -99,24 +101,25 @@ class PipelinedPredictionLoop(PredictionLoop):
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, observer=trace)
         self._async_outputs = AsyncOutputs() if self.config.async_output else None
         self._in_flight = InFlight(self._launch, self.config.in_flight_depth(self.trainer.strategy.root_device.type))
-        # Grad and inference mode are per thread.
-        mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
+        mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad  # both are per thread
+        self._postprocess = Postprocess(self.config, mode, trace, threads=not sets_default_dtype(self.trainer.strategy))
         try:
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
-            with suppress(StopIteration), Prefetcher(self._host_batches(depth), depth, mode, is_of_device) as prepared:
+            ahead = Prefetcher(self._host_batches(depth), depth, mode, is_of_device)
+            with suppress(StopIteration), self._postprocess, ahead as prepared:
                 (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
             self._in_flight.clear()
             # An error's traceback holds this object; what was in flight must not live as long.
-            del self._hooks, self._observer, self._async_outputs, self._in_flight
+            del self._hooks, self._observer, self._async_outputs, self._in_flight, self._postprocess
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Prefetcher[Batch]) -> None:
         """The order of stock Lightning: a batch is finished before the next one is fetched."""
         for batch in prepared:
             # Without a name for the output, so that it is gone from the device before the next step.
-            self._finish(batch, self._buckets.cut(self._step(batch), batch.lengths))
+            self._finish(batch, self._postprocessed(batch, self._buckets.cut(self._step(batch), batch.lengths)))
 
     def _predict_pipelined(self, prepared: Prefetcher[Batch]) -> None:
         """The order of the stages: batches are prepared ahead, launched, and retired behind."""
@@ -151,6 +154,8 @@ class PipelinedPredictionLoop(PredictionLoop):
     def _drain(self) -> None:
         while self._in_flight:
             self._retire()
+        while self._postprocess:
+            self._complete()
 
     # Launch
 
@@ -160,13 +165,14 @@ class PipelinedPredictionLoop(PredictionLoop):
         fetch = batch.wanted
         batch.late_hooks = self._hooks.late_end_hooks(self.config.defer_hooks if self._overlaps else True)
         if batch.late_hooks is not None:
-            fetch |= reads_outputs(batch.late_hooks)
+            fetch |= reads_outputs(batch.late_hooks) or self._postprocess.is_on
         else:
             # In stock Lightning all batches before are stored when a batch's end hooks run.
             self._drain()
             self._observer.at(batch.index)
-            output = self._buckets.cut(output, batch.lengths)
+            output = self._postprocessed(batch, self._buckets.cut(output, batch.lengths))
             self._end(batch, output)
+            fetch &= not self._postprocess.is_on
         return PendingOutput(
             output,
             self.trainer.strategy.root_device,
@@ -180,7 +186,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     @property
     def _overlaps(self) -> bool:
         """Whether a later step may run before a batch's output is taken."""
-        return self._on_hpu or self._tuner is not None or self._in_flight.depth > 0
+        return self._on_hpu or self._tuner is not None or self._in_flight.depth > 0 or self._postprocess.depth > 0
 
     def _step(self, batch: Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""
@@ -210,16 +216,29 @@ class PipelinedPredictionLoop(PredictionLoop):
     # Retire
 
     def _retire(self) -> None:
-        """Wait for the oldest batch's output and finish the batch."""
+        """Wait for the oldest batch's output and finish the batch, or the one that its post-processing waits for."""
         batch, output = self._in_flight.retire()
         self._observer.completed(output)
-        if batch.late_hooks is not None:
-            with shown_to_hooks(self, batch):
-                self._finish(batch, self._buckets.cut(output, batch.lengths))
-        else:
+        if batch.late_hooks is None:
             self._store(batch, output)
+        else:
+            self._postprocess.submit(batch, self._buckets.cut(output, batch.lengths), batch.index)
+        while self._postprocess.over_capacity:
+            self._complete()
+
+    def _complete(self) -> None:
+        """Wait until the oldest batch's output is post-processed and finish the batch."""
+        batch, output = self._postprocess.take()
+        with shown_to_hooks(self, batch):
+            self._finish(batch, output)
 
     # Finish
+
+    def _postprocessed(self, batch: Batch, output: Any) -> Any:
+        """The output right after the step; post-processed, it is on the host."""
+        if self._postprocess.is_on:
+            output = fetch(output, self.trainer.strategy.root_device, self._observer, batch.index)
+        return self._postprocess.call(batch, output)
 
     def _finish(self, batch: Batch, output: Any) -> None:
         self._end(batch, output)
@@ -232,7 +251,8 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _store(self, batch: Batch, output: Any) -> None:
         if batch.wanted:
-            self._predictions[batch.dataloader_idx].append(self._fetched(batch, output))
+            output = output if self._postprocess.is_on else self._fetched(batch, output)
+            self._predictions[batch.dataloader_idx].append(output)
 
     def _fetched(self, batch: Batch, output: Any) -> Any:
         if self._observer.records and not self.config.pipelining:
@@ -287,26 +307,18 @@ class PipelinedPredictionLoop(PredictionLoop):
         return self.config.async_copy and self._on_hpu
 
     def _prefetch_depth(self) -> int:
-        """Batches to prepare ahead: none where the step changes torch's default dtype, which is process-wide.
-
-        Lightning does so for true half and double precision (2.6 `plugins/precision/half.py`); a dataset in a thread
-        would make tensors of that dtype or not, by chance.
-        """
-        before = torch.get_default_dtype()
-        with self.trainer.precision_plugin.predict_step_context():
-            if torch.get_default_dtype() != before:
-                return 0
+        """Batches to prepare ahead; a dataset in a thread would make tensors of the step's default dtype by chance."""
         depth = self.config.prefetch_depth(self.trainer.strategy.root_device.type)
-        if depth and self.config.prefetch is None:
-            listeners = [self.trainer.lightning_module, *self.trainer.callbacks]
-            if reason := reason_against(self._combined_loader.flattened, listeners):
-                rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth}` if it may be.")
-                return 0
+        if not depth or sets_default_dtype(self.trainer.strategy):
+            return 0
+        listeners = [self.trainer.lightning_module, *self.trainer.callbacks]
+        if self.config.prefetch is None and (reason := reason_against(self._combined_loader.flattened, listeners)):
+            rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth}` if it may be.")
+            return 0
         return depth
 
     def _host_batches(self, depth: int) -> Iterator[Batch]:
-        in_flight = self.config.in_flight_depth(self.trainer.strategy.root_device.type)
-        ahead = depth > 0 or in_flight > 0 or self.config.pipelining == "auto"
+        ahead = depth + self._in_flight.depth + self._postprocess.depth > 0 or self.config.pipelining == "auto"
         return host_batches(
             self._data_fetcher,  # `iter()` of it would start the dataloaders again
             reused=[ahead and may_reuse_memory(loader) for loader in self._combined_loader.flattened],
@@ -338,8 +350,7 @@ class PipelinedPredictionLoop(PredictionLoop):
             prepared.set_depth(depths.prefetch)
             in_flight.depth = depths.in_flight
 
-        depths = Depths(prepared.depth, in_flight.depth)
-        self._tuner = DepthTuner(depths, self.config.depth_memory, apply=apply)
+        self._tuner = DepthTuner(Depths(prepared.depth, in_flight.depth), self.config.depth_memory, apply=apply)
         return Observers(self._observer, self._tuner)
 
     @contextmanager
@@ -353,16 +364,7 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _totals(self) -> Totals:
         counts, tuner = self.graph_counts or GraphCounts(), self._tuner
-        counters = Counters(
-            captures=counts.captures,
-            replays=counts.replays,
-            plain_calls=counts.plain_calls,
-            plain_reasons=dict(counts.reasons),
-            evictions=counts.evictions,
-            verified=counts.verified,
-            padded_elements=self._buckets.padded,
-            real_elements=self._buckets.real,
-        )
+        counters = Counters(**counts.totals(), padded_elements=self._buckets.padded, real_elements=self._buckets.real)
         return (counters, tuner.depths, tuner.summary()) if tuner is not None else (counters, None, ())
 
     # The step on the device

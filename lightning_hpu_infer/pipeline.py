@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import StepGraphs, graph_kind
 from lightning_hpu_infer.ownership import may_reuse_memory, owned
+from lightning_hpu_infer.postprocess import Postprocess
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.step import DeviceStep
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
@@ -67,6 +68,46 @@ class InFlight(Generic[T]):
             self._pending.popleft()[1].drop()
 
 
+class _Stream:
+    """Batches that were launched, in flight first, and then post-processed. Oldest first.
+
+    Raises:
+        TypeError: If `postprocess` cannot be sent to other processes.
+    """
+
+    def __init__(self, launch: Callable[[Any], PendingOutput], depth: int, config: InferenceConfig) -> None:
+        self.in_flight = InFlight(launch, depth)
+        self.postprocess = Postprocess[str](config, torch.inference_mode)
+        self._retired = 0
+
+    def __len__(self) -> int:
+        return len(self.in_flight) + len(self.postprocess)
+
+    def retire(self) -> None:
+        """Wait for the output that was launched first, and have it post-processed."""
+        with torch.inference_mode():
+            _, output = self.in_flight.retire()
+        self.postprocess.submit(f"batch {self._retired}", output, self._retired)
+        self._retired += 1
+
+    def take(self) -> Any:
+        """Wait for what was retired first."""
+        with torch.inference_mode():
+            return self.postprocess.take()[1]
+
+    def results(self, depth: int) -> Iterator[Any]:
+        """Retire until so many are in flight, and take what there is no place for then."""
+        while len(self.in_flight) > depth:
+            self.retire()
+            while self.postprocess.over_capacity:
+                yield self.take()
+
+    def close(self) -> None:
+        """Drop all of it."""
+        self.in_flight.clear()
+        self.postprocess.close()
+
+
 class InferencePipeline:
     """Prediction with graphs, non-blocking copies and pipelining, without a Trainer.
 
@@ -80,6 +121,7 @@ class InferencePipeline:
             host memory until it is popped.
 
     Raises:
+        TypeError: If `postprocess` cannot be sent to other processes.
         ValueError: If `config` has an option that needs a Trainer's dataloaders, or another value is out of its range.
 
     Example::
@@ -115,6 +157,8 @@ class InferencePipeline:
             raise ValueError("`pipelining='auto'` needs a Trainer. Choose `prefetch` and `in_flight` here.")
         self.device: torch.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         self._on_hpu = self.device.type == _habana.DEVICE_TYPE
+        self._depth = self.config.in_flight_depth(self.device.type)
+        self._pushed = _Stream(self._launch, max_pending - 1, self.config)
         kind = graph_kind(self.device, self.config)
         model = model.eval().to(self.device)
         self._attached = ExitStack()
@@ -124,12 +168,8 @@ class InferencePipeline:
             self._attached.callback(graphs.release)
             step = self._attached.enter_context(graphs.attached(model))
         self._step = DeviceStep(step, self.device)
-        self._depth = self.config.in_flight_depth(self.device.type)
         self._async_outputs = AsyncOutputs() if self.config.pipelining and self.config.async_output else None
-        self._pushed = InFlight(self._launch, max_pending - 1)
         self._when_full = when_full
-        self._arrived: deque[Any] = deque()
-        """Outputs of batches that were pushed, on the host because there was no place for them on the device."""
         self._closed = False
 
     def __enter__(self) -> "InferencePipeline":
@@ -139,13 +179,12 @@ class InferencePipeline:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._arrived) + len(self._pushed)
+        return len(self._pushed)
 
     def close(self) -> None:
         """Forget what was pushed, release the graphs and leave the model as it was."""
         self._closed = True
-        self._arrived.clear()
-        self._pushed.clear()
+        self._pushed.close()
         self._attached.close()
 
     def push(self, batch: Any) -> None:
@@ -154,25 +193,31 @@ class InferencePipeline:
         Raises:
             RuntimeError: If the pipeline is closed, or full and not told to wait then.
         """
-        if len(self._pushed) > self._pushed.depth:
+        in_flight = self._pushed.in_flight
+        if in_flight.over_capacity:
             if self._when_full == "raise":
                 raise RuntimeError(
-                    f"The pipeline is full: {len(self._pushed)} batches were pushed and not popped (`max_pending`). Pop"
+                    f"The pipeline is full: {len(in_flight)} batches were pushed and not popped (`max_pending`). Pop"
                     " the oldest first, or pass `when_full='wait'`."
                 )
-            self._arrived.append(self._retire(self._pushed))
-        self._pushed.launch(self._prepare(batch, reused=self._on_hpu))
+            self._pushed.retire()
+        in_flight.launch(self._prepare(batch, reused=self._on_hpu))
 
     def pop(self) -> Any:
-        """Wait for the oldest batch pushed and return its output with host tensors.
+        """Wait for the oldest batch pushed and return its output with host tensors, or what `postprocess` returned.
 
         Raises:
             IndexError: If every batch pushed was popped.
         """
-        return self._arrived.popleft() if self._arrived else self._retire(self._pushed)
+        in_flight, postprocess = self._pushed.in_flight, self._pushed.postprocess
+        while not postprocess or (len(in_flight) > self._depth and len(postprocess) < postprocess.depth):
+            self._pushed.retire()
+        return self._pushed.take()
 
     def predict(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Outputs of `batches` in order, with host tensors. Later batches are prepared and launched meanwhile.
+        """Outputs of `batches` in order, with host tensors, or what `postprocess` returned.
+
+        Later batches are prepared and launched meanwhile.
 
         Batches that were pushed by hand are not among them. An error, of `batches` or of the model, is raised after the
         outputs of all batches before it. A generator that is closed early drops what is in flight.
@@ -180,27 +225,25 @@ class InferencePipeline:
         Raises:
             RuntimeError: If the pipeline is closed.
         """
-        in_flight = InFlight(self._launch, self._depth)
+        stream = _Stream(self._launch, self._depth, self.config)
         ahead = self.config.prefetch_depth(self.device.type)
         # On the CPU a batch is done with when it is launched.
         reused = may_reuse_memory(batches) and (self._on_hpu or ahead > 0)
         prepare = partial(self._prepare, reused=reused)
         failed: Exception | None = None
-        try:
+        with closing(stream):
             with Prefetcher(map(prepare, batches), ahead, torch.inference_mode) as prepared:
                 while failed is None:
                     try:
                         if (batch := next(prepared, _END)) is _END:
                             break
-                        in_flight.launch(batch)
+                        stream.in_flight.launch(batch)
                     except Exception as error:
                         failed = error
-                    if in_flight.over_capacity:
-                        yield self._retire(in_flight)
-            while in_flight:
-                yield self._retire(in_flight)
-        finally:
-            in_flight.clear()
+                    yield from stream.results(self._depth)
+            yield from stream.results(0)
+            while stream:
+                yield stream.take()
         if failed is not None:
             raise failed
 
@@ -216,7 +259,3 @@ class InferencePipeline:
         with torch.inference_mode():
             output = self._step(move_data_to_device(batch, self.device))
             return PendingOutput(output, self.device, asynchronous=self._async_outputs)
-
-    def _retire(self, in_flight: InFlight[Any]) -> Any:
-        with torch.inference_mode():
-            return in_flight.retire()[1]

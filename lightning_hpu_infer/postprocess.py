@@ -7,16 +7,17 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_hpu_infer._torch import has_modes
+from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observer import Lane, Observer, Stage
 from lightning_hpu_infer.workers import Mode, Processes, timed
 
 T = TypeVar("T")
-Backend = Literal["thread", "process"]
 
 _JOIN_SECONDS = 10.0
 
@@ -28,12 +29,12 @@ class Postprocess(Generic[T]):
     threads, and cut off in processes.
 
     Args:
-        function: Takes an output with host tensors; None changes nothing.
-        workers: Calls that may run at once. 0 calls it in place, when its result is taken.
-        backend: What the workers are.
+        config: Has the function, which takes an output with host tensors; None changes nothing. Also the workers: how
+            many, and what they are. Without any, or without `pipelining`, it is called in place, when its result is
+            taken.
         mode: The context of each call: grad and inference mode are per thread.
-        describe: Names an item in the error that its call raises.
         observer: Observes the calls, and the waiting for them.
+        threads: Whether threads beside the main thread make tensors as it does.
 
     Raises:
         TypeError: If the function cannot be sent to other processes.
@@ -41,20 +42,26 @@ class Postprocess(Generic[T]):
 
     def __init__(
         self,
-        function: Callable[[Any], Any] | None,
-        workers: int,
-        backend: Backend,
+        config: InferenceConfig,
         mode: Mode,
-        *,
-        describe: Callable[[T], str],
         observer: Observer | None = None,
+        *,
+        threads: bool = True,
     ) -> None:
-        self._function = function
-        self._describe = describe
+        self._function = config.postprocess
+        self.is_on: bool = config.postprocess is not None
+        """Whether there is a function."""
         self._observer = observer or Observer()
+        self._told = False
         self._pool: _Threads | Processes | None = None
-        if function is not None and workers:
-            self._pool = (_Threads if backend == "thread" else Processes)(function, workers, mode)
+        workers, in_threads = config.postprocess_workers, config.postprocess_backend == "thread"
+        if (
+            self._function is not None
+            and config.pipelining
+            and workers
+            and _may_run_elsewhere(threads or not in_threads)
+        ):
+            self._pool = (_Threads if in_threads else Processes)(self._function, workers, mode)
         self.depth = 2 * workers if self._pool is not None else 0
         """Items that may be in it when another one comes: one at work and one waiting per worker."""
         self._pending: deque[tuple[T, int, Any]] = deque()
@@ -77,7 +84,7 @@ class Postprocess(Generic[T]):
         """Have the function called with an item's output, and do not wait for it.
 
         Args:
-            item: What `take` returns it with.
+            item: What `take` returns it with. An error of its call names it.
             output: With host tensors, which nobody else uses any more.
             index: The batch's index, for the observer.
         """
@@ -99,16 +106,26 @@ class Postprocess(Generic[T]):
         """
         item, index, output = self._pending.popleft()
         self._observer.at(index)
-        if self._function is None:
-            return item, output
+        if self._pool is None:
+            return item, self.call(item, output)
         try:
-            if self._pool is None:
-                return item, self._observer.timed(Stage.POSTPROCESS, self._function, output)
             start, end, value = self._observer.timed(Stage.WAIT_POSTPROCESS, output.result)
             self._observer.add(Stage.POSTPROCESS, Lane.POSTPROCESS, start, end, index)
             return item, self._pool.opened(value)
         except Exception as error:
-            self._fail(error, f"`postprocess` of {self._describe(item)}")
+            self._fail(error, f"`postprocess` of {item}")
+
+    def call(self, item: T, output: Any) -> Any:
+        """Call the function in place; returns and raises as `take` does."""
+        if self._pool is not None and not self._told:
+            self._told = True
+            rank_zero_info("`postprocess` runs in place, since end hooks run right after each step (`defer_hooks`).")
+        if self._function is None:
+            return output
+        try:
+            return self._observer.timed(Stage.POSTPROCESS, self._function, output)
+        except Exception as error:
+            self._fail(error, f"`postprocess` of {item}")
 
     def close(self) -> None:
         """End the pool and drop what is in it. May be called again."""
@@ -130,6 +147,16 @@ class Postprocess(Generic[T]):
         else:
             rank_zero_info(f"{type(error).__name__} is raised by {where}.")
         raise error
+
+
+def _may_run_elsewhere(threads: bool) -> bool:
+    """Whether the function computes in another thread or process what it would in this one; says so if not."""
+    reason = "" if threads else "the step changes torch's default dtype, which threads share"
+    if has_modes():
+        reason = "a mode of this thread is active, as of `torch.autocast` or `torch.set_default_device`"
+    if reason:
+        rank_zero_info(f"`postprocess` runs in place, since {reason}.")
+    return not reason
 
 
 def _use_one_thread() -> None:

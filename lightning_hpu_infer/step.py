@@ -35,6 +35,16 @@ class DeviceStep:
         return output
 
 
+def sets_default_dtype(strategy: Strategy) -> bool:
+    """Whether the step changes torch's default dtype, which is process-wide, so that other threads notice.
+
+    Lightning does so for true half and double precision (2.6 `plugins/precision/half.py`).
+    """
+    before = torch.get_default_dtype()
+    with strategy.precision_plugin.predict_step_context():
+        return torch.get_default_dtype() != before
+
+
 @contextmanager
 def step_on_device(strategy: Strategy, graphs: Callable[[], StepGraphs | None], observer: Observer) -> Iterator[None]:
     """Put graphs and step markers into a strategy's `predict_step`.

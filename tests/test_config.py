@@ -17,6 +17,7 @@ from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig
         ({"prefetch": 1025}, "`prefetch` must be from 0 to 1024, got 1025"),
         ({"in_flight": -2}, "`in_flight` must be from 0 to 1024, got -2"),
         ({"max_graphs": 0}, "`max_graphs` must be from 1 to 65536, got 0"),
+        ({"postprocess_workers": 257}, "`postprocess_workers` must be from 0 to 256, got 257"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_the_range(flags: dict[str, Any], message: str) -> None:
@@ -34,6 +35,8 @@ def test_a_value_out_of_range_is_named_with_the_range(flags: dict[str, Any], mes
         ({"in_flight": 1.5}, "`in_flight` must be of type int, got 1.5"),
         ({"bucket_lengths": 32}, r"`bucket_lengths` must be a list of int, 'auto' or None, got 32. .*write \[32\]"),
         ({"bucket_lengths": "short"}, "`bucket_lengths` must be a list of int, 'auto' or None, got 'short'"),
+        ({"postprocess": "decode"}, "`postprocess` must be a function or None, got 'decode'"),
+        ({"postprocess_backend": "fork"}, "`postprocess_backend` must be 'thread' or 'process', got 'fork'"),
         ({"graph_modules": 5}, "`graph_modules` must be a list of module names or 'blocks', got 5"),
     ],
 )

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor
 
 from lightning_hpu_infer import postprocess
+from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.spans import Trace
 from lightning_hpu_infer.observer import Lane, Stage
 from lightning_hpu_infer.postprocess import Postprocess
 from tests.helpers import Broken
 
 
-def pool(function: Callable[[Any], Any] | None, workers: int = 2, **kwargs: Any) -> Postprocess[int]:
-    return Postprocess(function, workers, "thread", torch.inference_mode, describe=lambda i: f"batch {i}", **kwargs)
+def pool(function: Callable[[Any], Any] | None, workers: int = 2, **kwargs: Any) -> Postprocess[Any]:
+    return Postprocess(options(function, workers), torch.inference_mode, **kwargs)
 
 
-def all_of(stage: Postprocess[int], outputs: Any) -> list[tuple[int, Any]]:
+def options(function: Callable[[Any], Any] | None, workers: int) -> InferenceConfig:
+    return InferenceConfig(postprocess=function, postprocess_workers=workers)
+
+
+def all_of(stage: Postprocess[Any], outputs: Any) -> list[tuple[Any, Any]]:
     """What comes of outputs, as a loop takes it."""
     taken = []
     for index, output in enumerate(outputs):
@@ -46,6 +51,12 @@ def test_without_a_function_an_output_passes_as_it_is() -> None:
         stage.submit(0, output, 0)
         assert stage.over_capacity
         assert stage.take()[1] is output
+
+
+@pytest.mark.parametrize("flags", [{"pipelining": False}, {"postprocess_workers": 0}])
+def test_no_worker_is_started_where_none_may_be(flags: dict[str, Any]) -> None:
+    assert Postprocess[int](InferenceConfig(postprocess=str, **flags), torch.no_grad).depth == 0
+    assert pool(str, threads=False).depth == 0
 
 
 def test_in_place_it_is_called_by_the_caller_when_it_is_taken() -> None:
@@ -95,11 +106,11 @@ def broken_at_two(index: int) -> int:
 def test_an_error_is_raised_at_its_place_and_names_the_batch(workers: int) -> None:
     with pool(broken_at_two, workers) as stage:
         for index in range(4):
-            stage.submit(index, index, index)
-        assert [stage.take(), stage.take()] == [(0, 0), (1, 1)]
+            stage.submit(f"batch {index}", index, index)
+        assert [stage.take()[1], stage.take()[1]] == [0, 1]
         with pytest.raises(Broken, match="no such token") as raised:
             stage.take()
-        assert stage.take() == (3, 3)
+        assert stage.take()[1] == 3
     words = "".join(traceback.format_exception(raised.value))
     assert "raise Broken" in words
     assert "Raised by `postprocess` of batch 2." in words
@@ -107,7 +118,7 @@ def test_an_error_is_raised_at_its_place_and_names_the_batch(workers: int) -> No
 
 def test_stop_iteration_does_not_end_the_run_quietly() -> None:
     with pool(lambda output: next(iter(()))) as stage:
-        stage.submit(0, None, 0)
+        stage.submit("batch 0", None, 0)
         with pytest.raises(RuntimeError, match="`postprocess` of batch 0 raised StopIteration"):
             stage.take()
 
@@ -123,7 +134,7 @@ def test_modes_and_context_variables_are_the_callers(mode: Any, workers: int) ->
         return result.requires_grad, result.is_inference(), variable.get()
 
     variable.set("set")
-    with mode(), Postprocess(function, workers, "thread", mode, describe=str) as stage:
+    with mode(), Postprocess[int](options(function, workers), mode) as stage:
         stage.submit(0, torch.ones(1), 0)
         assert stage.take()[1] == (False, mode is torch.inference_mode, "set")
 

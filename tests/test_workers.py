@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.postprocess import Postprocess
-from lightning_hpu_infer.workers import Parcel, Processes, Sealed, dumps
+from lightning_hpu_infer.workers import Mode, Parcel, Processes, Sealed, dumps
 from tests.helpers import assert_equal
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,11 @@ class Seen(NamedTuple):
     inference: bool
     bridge: bool
     pid: int
+
+
+def processes(function: Callable[[Any], Any], mode: Mode = torch.no_grad) -> Postprocess[Any]:
+    config = InferenceConfig(postprocess=function, postprocess_workers=1, postprocess_backend="process")
+    return Postprocess(config, mode)
 
 
 def look(output: Any) -> Any:
@@ -59,16 +66,16 @@ def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatc
     results: list[Any] = []
     with (
         torch.inference_mode(),
-        Postprocess(look, 1, "process", torch.inference_mode, describe=lambda i: f"batch {i}") as stage,
+        processes(look, torch.inference_mode) as stage,
     ):
         for index, output in enumerate(outputs):
-            stage.submit(index, output, index)
+            stage.submit(f"batch {index}", output, index)
         while stage:
             try:
                 results.append(stage.take()[1])
             except Exception as error:
                 results.append(error)
-        stage.submit(7, {"x": x}, 7)  # of a pool that broke
+        stage.submit("batch 7", {"x": x}, 7)  # of a pool that broke
         with pytest.raises(RuntimeError, match="batch 7, or of a later batch: a worker process of `postprocess` died"):
             stage.take()
     assert_equal([results[0].doubled, results[4].doubled], [2 * x, 2 * x + 2])
@@ -88,13 +95,13 @@ def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatc
         os.kill(results[0].pid, 0)
 
 
-def wait_for_ever(output: Any) -> None:
+def wait_without_end(output: Any) -> None:
     signal.pause()
 
 
 @pytest.mark.full
 def test_what_runs_is_cut_off_when_the_pool_is_left() -> None:
-    with Postprocess(wait_for_ever, 1, "process", torch.no_grad, describe=str) as stage:
+    with processes(wait_without_end) as stage:
         stage.submit(0, None, 0)
     assert isinstance(stage._pool, Processes)
     assert all(process.exitcode == -signal.SIGTERM for process in stage._pool._context.processes)
@@ -104,13 +111,15 @@ SCRIPT = """
 import os
 IMPORTS
 import torch
+from lightning_hpu_infer import InferenceConfig
 from lightning_hpu_infer.postprocess import Postprocess
 
 def function(output):
     return os.getpid()
 
 if GUARD:
-    with Postprocess(function, 1, "process", torch.no_grad, describe=str) as stage:
+    config = InferenceConfig(postprocess=function, postprocess_workers=1, postprocess_backend="process")
+    with Postprocess(config, torch.no_grad) as stage:
         stage.submit(0, None, 0)
         print("worker", stage.take()[1], flush=True)
         os.kill(os.getpid(), 9)
@@ -154,7 +163,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
 
 def test_a_function_that_cannot_be_sent() -> None:
     with pytest.raises(TypeError, match=r"`postprocess=<function .*<lambda> .*Define it with `def` at the top level.*"):
-        Postprocess(lambda output: output, 1, "process", torch.no_grad, describe=str)
+        processes(lambda output: output)
 
 
 class Decoder(nn.Module):
@@ -167,7 +176,7 @@ def test_a_function_that_holds_device_tensors_is_not_sent() -> None:
     model = Decoder()
     model.register_buffer("table", torch.ones(3, device="hpu"))
     with pytest.raises(TypeError, match=r"cannot be sent to other processes .it holds a tensor on hpu"):
-        Postprocess(model.decode, 1, "process", torch.no_grad, describe=str)
+        processes(model.decode)
 
 
 WHOLE = torch.arange(24.0).reshape(4, 6)

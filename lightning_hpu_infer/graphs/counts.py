@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -31,6 +32,11 @@ class GraphCounts:
         """Count a call that runs plainly."""
         self.plain_calls += 1
         self.reasons[reason] += 1
+
+    def totals(self) -> dict[str, Any]:
+        """What a run's report says of them, by the names that it has for it."""
+        names = ("captures", "replays", "plain_calls", "evictions", "verified")
+        return {name: getattr(self, name) for name in names} | {"plain_reasons": dict(self.reasons)}
 
     def __str__(self) -> str:
         text = (

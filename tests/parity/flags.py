@@ -5,6 +5,17 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
+
+class _Same:
+    """A `postprocess` that changes nothing."""
+
+    def __call__(self, output: Any) -> Any:
+        return output
+
+    def __repr__(self) -> str:
+        return "same"
+
+
 VALUES: dict[str, tuple[Any, ...]] = {
     "hpu_graphs": (True, False),
     "max_graphs": (16, 1),
@@ -17,12 +28,15 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "prefetch": (None, 0, 4),
     "in_flight": (None, 0, 3),
     "defer_hooks": ("auto", True, False),
+    "postprocess": (None, _Same()),
 }
 """Each flag's values, its default first."""
 
 ELSEWHERE = {
     "graph_modules": "names modules, of which the cases have different ones: tests/graphs/test_step.py",
     "depth_memory": "bounds depths that a run raises after 32 batches: tests/test_tuning.py",
+    "postprocess_workers": "does nothing without `postprocess`: tests/test_postprocess_runs.py",
+    "postprocess_backend": "starts processes, which takes seconds: tests/test_postprocess_runs.py",
     "lengths": "needs batches of a tokenizer: tests/lengths/test_order.py",
     "bucket_lengths": "needs batches with a length: tests/lengths/test_buckets.py",
     "num_buckets": "needs batches with a length: tests/lengths/test_buckets.py",
