@@ -31,7 +31,7 @@ def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
         loaders: The dataloaders of a run.
         listeners: The module and the callbacks.
     """
-    if torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu":
+    if has_modes():
         return "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
     for listener in listeners:
         if isinstance(listener, LightningModule) and _converts(listener):
@@ -53,6 +53,11 @@ def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
             if any(id(value) in ids for value in _held(holder)):
                 return f"{type(holder).__name__} holds the dataset, which may depend on what was predicted before"
     return ""
+
+
+def has_modes() -> bool:
+    """Whether this thread computes on the host as no other one does: in autocast, or with another default device."""
+    return torch.is_autocast_enabled("cpu") or torch.get_default_device().type != "cpu"
 
 
 def is_on_a_device(batch: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_hpu_infer._torch import has_modes
+from lightning_hpu_infer.ahead import has_modes
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observer import Lane, Observer, Stage
 from lightning_hpu_infer.workers import Mode, Processes, timed
@@ -153,7 +153,7 @@ def _may_run_elsewhere(threads: bool) -> bool:
     """Whether the function computes in another thread or process what it would in this one; says so if not."""
     reason = "" if threads else "the step changes torch's default dtype, which threads share"
     if has_modes():
-        reason = "a mode of this thread is active, as of `torch.autocast` or `torch.set_default_device`"
+        reason = "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
     if reason:
         rank_zero_info(f"`postprocess` runs in place, since {reason}.")
     return not reason
