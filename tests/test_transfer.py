@@ -54,8 +54,8 @@ class Own(Tensor):
 
 
 NOT_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "COO": Tensor.to_sparse,
-    "CSR": Tensor.to_sparse_csr,
+    "sparse": Tensor.to_sparse,
+    "sparse rows": Tensor.to_sparse_csr,
     "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
     "nested": lambda x: torch.nested.nested_tensor(list(x)),
     "jagged": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
