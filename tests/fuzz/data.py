@@ -44,7 +44,7 @@ def content(batch: Any, device: torch.device) -> Tensor:
     if isinstance(batch, dict):
         batch = batch["x"]
     elif isinstance(batch, list):
-        batch = batch[1]
+        batch = next(each for each in batch if each.ndim == 2)
     elif isinstance(batch, Named | Fields):
         batch = batch.x
     elif isinstance(batch, tuple):
