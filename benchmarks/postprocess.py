@@ -82,7 +82,7 @@ class Ends(BasePredictionWriter):
 def measure(flags: dict[str, Any], batches: int) -> tuple[list[list[str]], float]:
     """The texts, and milliseconds per batch."""
     torch.manual_seed(1)
-    loader = DataLoader(torch.randn(ROWS * batches, STEPS, 16), batch_size=ROWS)  # type: ignore[arg-type]
+    loader: Any = DataLoader(torch.randn(ROWS * batches, STEPS, 16), batch_size=ROWS)  # type: ignore[arg-type]
     ends = Ends()
     accelerator = HPUInferenceAccelerator(postprocess=decode, **flags)
     trainer = Trainer(accelerator=accelerator, callbacks=[ends], **BARE)
