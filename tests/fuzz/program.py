@@ -152,7 +152,7 @@ class Program:
             program = replace(program, precision="32-true", step="plain")
         if self.augments and (self.network in ("dropout", "random") or self.workers):
             program = replace(program, augments=False)  # in which order numbers are drawn is not promised
-        if program.augments and self.flags.get("hpu_graphs") is not False:
+        if program.augments and program.flags.get("hpu_graphs") is not False:
             # Dynamo sets torch's random state back when it has traced, also to before what a thread drew meanwhile.
             program = replace(program, flags=program.flags | {"prefetch": 0})
         if self.fault == "writer" and not (self.watch == "writer" and "batch" in self.interval):
@@ -165,7 +165,9 @@ class Program:
             program = replace(program, workers=0)
         if self.flags.get("defer_hooks") is True and program.unsafe_end:
             # Insisting on late hooks is a promise that they may come late.
-            program = replace(program, flags={name: flag for name, flag in self.flags.items() if name != "defer_hooks"})
+            program = replace(
+                program, flags={name: flag for name, flag in program.flags.items() if name != "defer_hooks"}
+            )
         return program
 
 
