@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -129,6 +130,8 @@ def host(data: Any) -> Any:
     """A copy of data on the host, in plain Python with the type of every container, to be compared later."""
     if isinstance(data, Tensor):
         return data.detach().cpu().clone()
+    if isinstance(data, np.ndarray):
+        return data.copy()
     if is_dataclass(data) and not isinstance(data, type):
         return type(data).__name__, {f.name: host(getattr(data, f.name)) for f in fields(data)}
     if isinstance(data, dict):
