@@ -28,6 +28,8 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lightning_hpu_infer.randomness import kept_by_others
+
 __all__ = [
     "ClassFunctions",
     "Dispatch",
@@ -99,8 +101,7 @@ class _Callback:
 
     def __init__(self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]) -> None:
         self._inner = inner
-        self._failed = failed
-        self._took = took
+        self._failed, self._took = failed, took
         self._settings = _settings()
         self._skipped: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
         """Code of frames that could not be traced."""
@@ -113,7 +114,7 @@ class _Callback:
             return _skip()
         start = perf_counter()
         try:
-            with dynamo_config.patch(**self._settings), warnings.catch_warnings():
+            with kept_by_others(), dynamo_config.patch(**self._settings), warnings.catch_warnings():
                 # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
                 result = self._inner(frame, *args, **kwargs)

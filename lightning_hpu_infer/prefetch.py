@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_hpu_infer.randomness import Drawing
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -151,11 +153,13 @@ class Prefetcher(Generic[T]):
     def _produce(self) -> None:
         error: BaseException | None = None
         hands_over = False
+        drawing = Drawing()
         try:
             with self._context():
                 while not hands_over and self._reserve():
                     try:
-                        item = next(self._source)
+                        with drawing():
+                            item = next(self._source)
                     except StopIteration:
                         break
                     hands_over = self._hands_over(item)

@@ -14,6 +14,7 @@ from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.buckets import Buckets, Lengths
 from lightning_hpu_infer.observer import Lane, Observer, Stage
 from lightning_hpu_infer.ownership import owned
+from lightning_hpu_infer.randomness import kept_by_others
 from lightning_hpu_infer.transfer import pin
 
 Prepare = Callable[[Any, int], tuple[Any, Lengths | None]]
@@ -121,7 +122,7 @@ def warmed_up(
         return batches
     if not buckets.chosen:
         rank_zero_warn("`warm_up=True`: the buckets are not known before the first run, so there are none to warm up.")
-    with torch.random.fork_rng(devices=[]):
+    with kept_by_others(), torch.random.fork_rng(devices=[]):
         for length in tqdm((buckets.chosen or [])[::-1], desc="Warming up", unit="bucket", disable=quiet):
             data = owned(buckets.spec.pad(buckets.spec.narrow(first.data, length), length))
             for _ in range(times):

@@ -81,6 +81,8 @@ class Processes:
         """Why an error of a call is none of the function: its process died. Empty otherwise."""
         if not isinstance(error, BrokenProcessPool):
             return ""
+        for process in self._context.processes:
+            process.join(1)  # the pool ends them all, in a thread that may be at it
         codes = {process.exitcode for process in self._context.processes} - {None, 0, -signal.SIGTERM}
         return (
             f"a worker process of `postprocess` died (exit codes {sorted(codes)}; minus 9 is often a lack of"  # type: ignore[type-var]

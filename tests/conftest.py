@@ -1,8 +1,10 @@
 """Guards and devices for every test."""
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,12 @@ def lazy_and_eager(request: pytest.FixtureRequest) -> Iterator[None]:
     """The test runs once in each mode of the emulated HPU."""
     with installed(lazy=request.param):
         yield
+
+
+@pytest.fixture
+def path_without_vision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other processes get as their `sys.path`: torchvision breaks `import lightning` (model_zoo/vision.py)."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if Path(folder).name != "vision"])
 
 
 @pytest.fixture

@@ -308,6 +308,7 @@ def label_and_process(output: Tensor) -> list[str]:
     return [*labels(output), str(os.getpid())]
 
 
+@pytest.mark.usefixtures("path_without_vision")
 def test_in_processes_through_the_trainer(device: str) -> None:
     if device == "cpu":
         pytest.skip("A process takes seconds to start; the device is what could go wrong.")

@@ -57,7 +57,7 @@ def look(output: Any) -> Any:
     return Seen(2 * output["x"], torch.get_num_threads(), (2 * output["x"]).is_inference(), bridge, os.getpid())
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("emulated", "path_without_vision")
 def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """One test of many things, since a process takes seconds to start."""
     monkeypatch.setenv("LIGHTNING_HPU_INFER_EMULATOR", "1")  # of this process only
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         return output
 
 
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.usefixtures("emulated", "path_without_vision")
 def test_a_function_that_holds_device_tensors_is_not_sent() -> None:
     model = Decoder()
     model.register_buffer("table", torch.ones(3, device="hpu"))

@@ -152,9 +152,6 @@ class Program:
             program = replace(program, precision="32-true", step="plain")
         if self.augments and (self.network in ("dropout", "random") or self.workers):
             program = replace(program, augments=False)  # in which order numbers are drawn is not promised
-        if program.augments and program.flags.get("hpu_graphs") is not False:
-            # Dynamo sets torch's random state back when it has traced, also to before what a thread drew meanwhile.
-            program = replace(program, flags=program.flags | {"prefetch": 0})
         if self.fault == "writer" and not (self.watch == "writer" and "batch" in self.interval):
             program = replace(program, watch="writer", interval="batch")
         if self.fault == "epoch_writer" and not (self.watch == "writer" and "epoch" in self.interval):
