@@ -34,8 +34,9 @@ def cleanup() -> None:
 
 
 def device_count() -> int:
-    """Return how many devices the configuration names."""
-    return runtime.current().config.num_devices
+    """Return how many devices the configuration names; 0 to a program that has kept the module after `uninstall`."""
+    rt = runtime.installed()
+    return 0 if rt is None else rt.config.num_devices
 
 
 def current_device() -> int:

@@ -190,3 +190,12 @@ def test_a_spawned_process_may_install_though_it_inherits_the_path(emulated: Non
     bridge = next(folder for folder in sys.path if folder.endswith("bridge"))
     run = subprocess.run([sys.executable, "-c", code, bridge], capture_output=True, text=True, timeout=100)
     assert run.stdout.strip() == "True", run.stderr
+
+
+def test_a_module_that_a_program_has_kept_has_no_device_after_uninstall() -> None:
+    """lightning-habana 1.6.0 keeps it, and every later Trainer asks it."""
+    emulator.install()
+    kept = torch.get_device_module("hpu")
+    assert kept.is_available()
+    emulator.uninstall()
+    assert (kept.is_available(), kept.device_count()) == (False, 0)
