@@ -123,10 +123,13 @@ class BatchHooks:
 
     def _call(self, name: str, hooks: Iterable[BatchHook], args: tuple[Any, ...]) -> None:
         for listener, hook in hooks:
-            span, given = f"[LightningModule]{type(listener).__name__}.{name}", args
-            if listener is not self._module:
-                span, given = f"[Callback]{listener.state_key}.{name}", (self._trainer, self._module, *args)
-            self._spanned(span, hook)(*given)
+            is_module = listener is self._module
+            given = args if is_module else (self._trainer, self._module, *args)
+            if self._profiler is None:
+                hook(*given)
+                continue
+            whose = f"[LightningModule]{type(listener).__name__}" if is_module else f"[Callback]{listener.state_key}"
+            self._spanned(f"{whose}.{name}", hook)(*given)
 
     def _batch_hook(self, name: str, call: Hook) -> Hook:
         called = self._named(name, call)
