@@ -36,6 +36,11 @@ def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
     for listener in listeners:
         if isinstance(listener, LightningModule) and _converts(listener):
             return f"`on_before_batch_transfer` of {type(listener).__name__} may use what earlier steps have written"
+        if isinstance(listener, nn.Module) and any(map(_is_compiled, listener.modules())):
+            return (
+                f"a part of {type(listener).__name__} is compiled by `torch.compile`, which sets the random state back"
+                " that the dataset may draw from"
+            )
     datasets: list[object] = []
     for loader in loaders:
         if not isinstance(loader, DataLoader):
@@ -79,6 +84,10 @@ def _with_parts(dataset: object) -> list[object]:
 def _converts(module: LightningModule) -> bool:
     hook = getattr(module.on_before_batch_transfer, "__func__", None)
     return hook is not LightningModule.on_before_batch_transfer
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
 
 
 def _is_of_one_thread(value: object) -> bool:

@@ -226,3 +226,34 @@ def test_a_loader_that_fills_memory_of_the_device_again(flags: dict[str, Any], d
         predict(HPUInferenceAccelerator(**flags), Net(), DeviceBuffer(HPU if emulator.is_installed() else "cpu")),
         expected,
     )
+
+
+class OwnCompile(Net):
+    """Has a part that the user compiles, which TorchDynamo traces during the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled: Any = torch.compile(nn.Linear(3, 3), backend="eager")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.compiled(self.net(batch))
+
+
+class Noise(Rows):
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.rand(4)
+
+
+@pytest.mark.usefixtures("device", "fresh_dynamo")
+def test_random_numbers_of_a_dataset_beside_a_part_that_the_user_compiles() -> None:
+    def run(accelerator: Any) -> Any:
+        module = OwnCompile()
+        torch.manual_seed(3)
+        return predict(accelerator, module, DataLoader(Noise(24), 2))
+
+    torch.manual_seed(0)
+    assert "compiled by `torch.compile`" in reason_against([DataLoader(Noise(2))], [OwnCompile()])
+    module_seed = torch.random.get_rng_state()
+    expected = run("cpu")
+    torch.random.set_rng_state(module_seed)
+    assert_equal(run(HPUInferenceAccelerator(hpu_graphs=False)), expected)
