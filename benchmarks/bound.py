@@ -1,14 +1,16 @@
 """The pipeline against its bound, the longest stage, on an emulated HPU. Figures are emulated, not a Gaudi's.
 
-    python -m benchmarks.bound [--batches 44] [--rounds 1] [--scale 4] [--json FILE] [--plot FILE]
+    python -m benchmarks.bound [--batches 120] [--rounds 1] [--scale 4] [--unseen N [--seed S]] [--json FILE]
 
-Each batch takes five stages of chosen times: prepare (in the dataset), copy in, compute, copy out, and finish (in
-`on_predict_batch_end`). A perfect pipeline takes the longest of them per batch, one after the other takes their sum.
-What is shown is the steady state: the time between the ends of batches, without those that fill and drain the pipeline.
-Predictions of all arms are compared.
+Each batch takes five stages of chosen times: prepare (in the dataset), copy in, compute, copy out, and finish (host
+work on the output: in `write_on_batch_end` of a `BasePredictionWriter`, in `postprocess`, or in the end hook of any
+callback, which runs in stock order). A perfect pipeline takes the longest of them per batch, one after the other takes
+their sum. What is shown is the steady state: the time between the ends of batches, without those that fill and drain
+the pipeline and those in which the depths are chosen. Predictions of all arms are compared.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,11 +30,14 @@ from benchmarks.common import BARE, OFF, console, finish, parser, quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 FLOATS = 16384
-FILL, DRAIN = 22, 6
-"""Batches at both ends of a run that do not count: a backlog from the captures takes a while to vanish."""
-IN_ORDER = ("stock", "guide")
-"""Arms without a backlog: they run half of the batches, and half as many do not count."""
+FILL, DRAIN = 78, 18
+"""Batches at both ends of a run that do not count: a backlog from the captures takes a while to vanish, and so do the
+windows in which the pipeline tries greater depths."""
+IN_ORDER = ("stock", "guide", "any end hook")
+"""Arms without a backlog: they run a fifth of the batches, and a fifth as many do not count."""
 BOUND = 1.05
+UNSEEN_MS = 12, 84
+"""Between which times the stages of `--unseen` mixes are drawn."""
 
 
 class Mix(NamedTuple):
@@ -96,7 +102,7 @@ class Net(LightningModule):
 
 
 class Finish(Callback):
-    """Host work on each output; notes when it was done."""
+    """Host work on each output in an end hook of the user's; notes when it was done."""
 
     def __init__(self, milliseconds: float) -> None:
         self.milliseconds = milliseconds
@@ -107,14 +113,48 @@ class Finish(Callback):
         self.ends.append(time.perf_counter())
 
 
+class Write(BasePredictionWriter):
+    """The same in a writer, in the main thread."""
+
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__("batch")
+        self.milliseconds = milliseconds
+        self.ends: list[float] = []
+
+    def write_on_batch_end(self, *_: Any, **__: Any) -> None:
+        time.sleep(self.milliseconds / 1e3)
+        self.ends.append(time.perf_counter())
+
+
+class Sleep:
+    """The same as `postprocess`."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+
+    def __call__(self, output: Tensor) -> Tensor:
+        time.sleep(self.milliseconds / 1e3)
+        return output
+
+
 Run = Callable[[Mix, int], tuple[list[Tensor], list[float]]]
 """Predictions of so many batches, and when each was finished."""
 
 
-def lightnings(flags: dict[str, Any], callbacks: Sequence[Callback] = (), **loader_options: Any) -> Run:
+def lightnings(
+    flags: dict[str, Any],
+    callbacks: Sequence[Callback] = (),
+    ends: type[Finish] | type[Write] = Write,
+    postprocess: bool = False,
+    **loader_options: Any,
+) -> Run:
+    """Predict with these flags; each output's host work is done in `ends`, or in `postprocess` if asked for."""
+
     def run(mix: Mix, batches: int) -> tuple[list[Tensor], list[float]]:
-        last = Finish(mix.finish)
-        trainer = Trainer(accelerator=HPUInferenceAccelerator(**flags), callbacks=[*callbacks, last], **BARE)
+        last = ends(0 if postprocess else mix.finish)
+        given = flags | {"postprocess": Sleep(mix.finish)} if postprocess else flags
+        accelerator = HPUInferenceAccelerator(**given)
+        trainer = Trainer(accelerator=accelerator, callbacks=[*callbacks, last], **BARE)
         predictions: Any = trainer.predict(Net(), DataLoader(Prepared(batches, mix.prepare), **loader_options))
         return predictions, last.ends
 
@@ -145,9 +185,9 @@ def arms() -> dict[str, Run]:
         "stock order": lightnings(OFF),
         "stock, 2 workers, pinned": lightnings(OFF, num_workers=2, pin_memory=True),
         "guide's loop": by_hand,
-        "defaults": lightnings({}),
-        "in_flight=4": lightnings({"in_flight": 4}),
-        "in_flight=4, async_output": lightnings({"in_flight": 4, "async_output": True}),
+        "any end hook": lightnings({}, ends=Finish),
+        "defaults, writer": lightnings({}),
+        "defaults, postprocess": lightnings({}, postprocess=True),
     }
 
 
@@ -184,7 +224,7 @@ def measure_all(mix: Mix, batches: int, rounds: int, wanted: dict[str, Run]) -> 
     with device_of(mix):
         for _ in range(rounds):
             for arm, run in wanted.items():
-                part = 2 if arm.startswith(IN_ORDER) else 1
+                part = 5 if arm.startswith(IN_ORDER) else 1
                 found[arm].append(steady_ms(measure(run, mix, batches // part), FILL // part, DRAIN // part))
     return {arm: statistics.median(times) for arm, times in found.items()}
 
@@ -241,17 +281,28 @@ def mixes(options: argparse.Namespace) -> dict[str, Mix]:
     return {name: Mix(*(options.scale * stage for stage in MIXES[name])) for name in options.mix}
 
 
+def unseen(number: int, seed: int) -> dict[str, Mix]:
+    """Mixes that nobody chose."""
+    draw = random.Random(seed)
+    return {
+        f"unseen {each + 1}": Mix(*(float(draw.randint(*UNSEEN_MS)) for _ in Mix._fields)) for each in range(number)
+    }
+
+
 def main() -> None:
     arguments = parser_of_mixes(__doc__, scale=4, plot=True)
-    arguments.add_argument("--batches", type=int, default=44, help=f"{FILL + DRAIN} of them do not count")
+    arguments.add_argument("--batches", type=int, default=120, help=f"{FILL + DRAIN} of them do not count")
     arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--unseen", type=int, default=0, metavar="N", help="so many mixes of random times instead")
+    arguments.add_argument("--seed", type=int, default=0, help="of --unseen")
     arguments.add_argument("--ours", action="store_true", help="leave out stock Lightning and the guide's loop")
     options = arguments.parse_args()
     quiet()
     output = console()
     wanted = {name: run for name, run in arms().items() if not (options.ours and name.startswith(IN_ORDER))}
     batches, rounds = options.batches, options.rounds
-    results = {name: (mix, measure_all(mix, batches, rounds, wanted)) for name, mix in mixes(options).items()}
+    chosen = unseen(options.unseen, options.seed) if options.unseen else mixes(options)
+    results = {name: (mix, measure_all(mix, batches, rounds, wanted)) for name, mix in chosen.items()}
     show(results, output)
     if options.plot:
         plot(results, options.plot)

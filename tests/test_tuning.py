@@ -128,6 +128,12 @@ def test_a_short_run_profits_too(mix: str) -> None:
     assert usual - found >= 0.5 * (usual - best), (pipeline.depths, pipeline.tuner.log)
 
 
+def test_a_large_gain_is_kept_within_tens_of_batches() -> None:
+    pipeline, tuner = tuned(lambda i: (0.001, 0.020, (0.040, 0.001)[i % 2]), batches=52)
+    assert pipeline.depths == (8, 8)
+    assert [": kept" in line for line in tuner.log] == [True]
+
+
 @pytest.mark.parametrize(("mix", "knob"), [("bursts of input", "prefetch"), ("bursts of output", "in_flight")])
 def test_it_deepens_where_the_waiting_is_and_says_so(mix: str, knob: str) -> None:
     pipeline, tuner = tuned(BURSTS[mix])
