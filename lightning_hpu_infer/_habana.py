@@ -112,16 +112,24 @@ def is_view(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def without_naming_hooks(root: nn.Module) -> Iterator[None]:
+def without_naming_hooks(root: nn.Module, others: Callable[[object], bool] | None = None) -> Iterator[None]:
     """Take the bridge's debugging hooks off all parts of a model, and put them on again.
 
     In lazy mode the bridge registers hooks on every module that tell its name to a debugger. They would split a traced
     step at every module (bridge 1.19 `core/torch_overwrites.py`, which says so itself).
+
+    Args:
+        root: The model.
+        others: Tells which other hooks do nothing but name modules.
     """
+
+    def names(hook: object) -> bool:
+        return _is_bridges(hook) or (others is not None and others(hook))
+
     taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            found = {key: hook for key, hook in hooks.items() if _is_bridges(hook)}
+            found = {key: hook for key, hook in hooks.items() if names(hook)}
             if found:
                 taken.append((hooks, dict(hooks)))
                 for key in found:
@@ -133,7 +141,7 @@ def without_naming_hooks(root: nn.Module) -> Iterator[None]:
             now = dict(hooks)
             hooks.clear()
             # In their order, without those that were removed meanwhile, and with those that were added.
-            hooks.update({key: hook for key, hook in before.items() if key in now or _is_bridges(hook)})
+            hooks.update({key: hook for key, hook in before.items() if key in now or names(hook)})
             hooks.update({key: hook for key, hook in now.items() if key not in before})
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop as PredictionLoop
 from lightning.pytorch.loops.utilities import _no_grad_context as no_grad_context
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
+from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
     "has_stock_transfer",
     "init_dist_connection",
     "is_compiled",
+    "is_profilers_hook",
     "no_grad_context",
     "pair_strategy",
+    "set_batch_sampler",
     "users_batch_sampler",
     "wants_several_processes",
     "with_fx_name",
@@ -80,9 +83,19 @@ def users_batch_sampler(sampler: object) -> Any:
     return sampler._batch_sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
 
 
+def set_batch_sampler(sampler: _IndexBatchSamplerWrapper, batches: Any) -> None:
+    """Replace the batch sampler inside of the one that Lightning puts into a dataloader for prediction."""
+    sampler._batch_sampler = batches
+
+
 def is_compiled(module: LightningModule) -> bool:
     """Whether its steps are those of `torch.compile(module)`, which was given to the Trainer in its place."""
     return module._compiler_ctx is not None
+
+
+def is_profilers_hook(hook: object) -> bool:
+    """Whether a module's hook is `PyTorchProfiler`'s, which labels what the module runs and changes nothing."""
+    return isinstance(getattr(getattr(hook, "func", None), "__self__", None), RegisterRecordFunction)
 
 
 def wants_several_processes(connector: Any) -> bool:

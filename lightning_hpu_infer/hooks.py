@@ -40,6 +40,8 @@ class BatchHook(NamedTuple):
 
         Any other may change weights, the module's state or the batch, or read them.
         """
+        if _is_stock(self.hook):
+            return True  # it does nothing; with a profiler it has a span
         kind, function = type(self.listener), getattr(self.hook, "__func__", None)
         if isinstance(self.listener, BasePredictionWriter) and not kind.__module__.startswith(_PACKAGES):
             return function is BasePredictionWriter.on_predict_batch_end
@@ -109,10 +111,10 @@ class BatchHooks:
         """The hooks of that name, of the callbacks first; those that a callback adds meanwhile are among them."""
         for callback in self._trainer.callbacks:
             hook = getattr(callback, name)
-            if self._profiler is not None or not _is_stock(name, hook):
+            if self._profiler is not None or not _is_stock(hook):
                 yield BatchHook(callback, hook)
         hook = getattr(self._module, name)
-        if self._profiler is not None or not _is_stock(name, hook):
+        if self._profiler is not None or not _is_stock(hook):
             yield BatchHook(self._module, hook)
 
     def _call_start(self, *args: Any) -> None:
@@ -174,7 +176,7 @@ class BatchHooks:
     def _data_hook(self, name: str, *, named: bool = True) -> Hook:
         """A hook that belongs to the module unless the datamodule overrides it."""
         owner = datahook_owner(self._trainer, name)
-        if self._profiler is None and _is_stock(name, getattr(owner, name)):
+        if self._profiler is None and _is_stock(getattr(owner, name)):
             return _transfer if name == "transfer_batch_to_device" else _unchanged
         kind = "LightningModule" if owner is self._module else "LightningDataModule"
         hook = self._spanned(f"[{kind}]{type(owner).__name__}.{name}", getattr(owner, name))
@@ -195,12 +197,17 @@ class BatchHooks:
         return with_fx_name(self._module, name, hook)
 
 
-def _is_stock(name: str, hook: Hook) -> bool:
+_STOCK = frozenset(
+    function
+    for base in (Callback, LightningModule, LightningDataModule)
+    for name in (_START, _END, "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    if (function := getattr(base, name, None)) is not None
+)
+
+
+def _is_stock(hook: Hook) -> bool:
     """Whether a hook is Lightning's default, whose effect is known. Any other hook is called."""
-    function = getattr(hook, "__func__", None)
-    return function is not None and any(
-        function is getattr(base, name, None) for base in (Callback, LightningModule, LightningDataModule)
-    )
+    return getattr(hook, "__func__", None) in _STOCK
 
 
 def reads_outputs(hooks: Iterable[BatchHook]) -> bool:

@@ -16,7 +16,6 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, reads_outputs, uses_dataloader_iter
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
-from lightning_hpu_infer.lengths.order import Reordered
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
@@ -24,6 +23,7 @@ from lightning_hpu_infer.ownership import may_reuse_memory
 from lightning_hpu_infer.pipeline import InFlight
 from lightning_hpu_infer.postprocess import Postprocess
 from lightning_hpu_infer.prefetch import Prefetcher
+from lightning_hpu_infer.samples import GRAPH_PER_LENGTH, Samples
 from lightning_hpu_infer.source import host_batches, is_of_device, warmed_up
 from lightning_hpu_infer.step import sets_default_dtype, step_on_device
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
@@ -39,7 +39,6 @@ class PipelinedPredictionLoop(PredictionLoop):
     batch_progress: Any
     _combined_loader: Any
 
-    # Of the Trainer
     config: InferenceConfig
     _graphs: StepGraphs | None
     _buckets: Buckets
@@ -51,7 +50,8 @@ class PipelinedPredictionLoop(PredictionLoop):
     _async_outputs: AsyncOutputs | None
     _in_flight: InFlight[Batch]
     _postprocess: Postprocess[Batch]
-    _reordered: list[Reordered]
+    _samples: Samples
+    _overlaps: bool  # whether a later step may run before a batch's output is taken
 
     @classmethod
     def install_on(cls, loop: PredictionLoop, config: InferenceConfig) -> None:
@@ -107,7 +107,7 @@ class PipelinedPredictionLoop(PredictionLoop):
             # Stock Lightning ends a run quietly too when a step or a hook raises it.
             ahead = Prefetcher(self._host_batches(depth), depth, mode, is_of_device)
             with suppress(StopIteration), self._postprocess, ahead as prepared:
-                (self._predict_pipelined if self.config.pipelining else self._predict_in_order)(prepared)
+                (self._predict_pipelined if self._is_pipelined(depth) else self._predict_in_order)(prepared)
         finally:
             self._restarting = False
             self._in_flight.clear()
@@ -183,11 +183,6 @@ class PipelinedPredictionLoop(PredictionLoop):
             batch=batch.index,
         )
 
-    @property
-    def _overlaps(self) -> bool:
-        """Whether a later step may run before a batch's output is taken."""
-        return self._on_hpu or self._tuner is not None or self._in_flight.depth > 0 or self._postprocess.depth > 0
-
     def _step(self, batch: Batch) -> Any:
         """Stock Lightning's step up to its end hooks."""
         hooks, progress, dataloader_idx = self._hooks, self.batch_progress, batch.dataloader_idx
@@ -211,7 +206,8 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _indices(self, batch: Batch) -> tuple[int, ...]:
         """What hooks and the step are told of a batch beside its data."""
-        return (batch.batch_idx, batch.dataloader_idx) if self.num_dataloaders > 1 else (batch.batch_idx,)
+        batch_idx = batch.batch_idx + self._samples.first[batch.dataloader_idx]
+        return (batch_idx, batch.dataloader_idx) if self.num_dataloaders > 1 else (batch_idx,)
 
     # Retire
 
@@ -255,47 +251,50 @@ class PipelinedPredictionLoop(PredictionLoop):
             self._predictions[batch.dataloader_idx].append(output)
 
     def _fetched(self, batch: Batch, output: Any) -> Any:
-        if self._observer.records and not self.config.pipelining:
-            # Pipelined, outputs are fetched when they are retired.
+        if self._observer.records and not self.config.pipelining:  # else it was fetched when it was retired
             return fetch(output, self.trainer.strategy.root_device, self._observer, batch.index)
         return to_host(output)
 
     # What a run is made of
 
     def setup_data(self) -> None:
-        """Make the dataloaders, and put their samples in order of length if asked to."""
+        """Make the dataloaders, and choose which of their samples are predicted in which order."""
         super().setup_data()
+        if self.skip:
+            return
         by = self.config.group_by_length
-        self._reordered = []
-        if by is not None and not self.skip:
-            loaders = zip(self._combined_loader.flattened, self.max_batches, strict=True)
-            self._reordered = [Reordered(loader, batches, by) for loader, batches in loaders]
-            if self._graphs is not None and not self._buckets.pads:
-                rank_zero_info(
-                    "`group_by_length` without `bucket_lengths`: each length needs a graph of its own. Pass"
-                    " `lengths='auto'` for batches of a tokenizer, or `bucket_lengths` with a `pad_spec`."
-                )
-        self._buckets.start([length for loader in self._reordered for length in loader.longest])
+        self._samples = Samples(self._combined_loader.flattened, self.max_batches, by)
+        self.max_batches = self._samples.max_batches
+        if by is not None and self._graphs is not None and not self._buckets.pads:
+            rank_zero_info(GRAPH_PER_LENGTH)
+        self._buckets.start(self._samples.longest)
 
     def reset(self) -> None:
         """Begin a run."""
         super().reset()
-        if self._reordered:
-            # Stock Lightning's loop only appends to each of them.
-            self._predictions = list[Any](self._reordered)
+        self.max_batches = self._samples.totals  # which progress bars show
+        # Stock Lightning's loop only appends to each of them.
+        self._predictions = self._samples.collectors or self._predictions
 
     def on_run_end(self) -> Any:
-        """End a run: everything that a hook or the user sees of it is in the dataset's order again."""
-        if self._reordered:
-            self._predictions = [loader.predictions() for loader in self._reordered]
+        """End a run: all that a hook or the user sees of it is in the dataset's order again."""
+        if self._samples.collectors:
+            self._predictions = self._samples.predictions()
             if any(self.epoch_batch_indices):
-                self.epoch_batch_indices = [loader.batch_indices() for loader in self._reordered]
-            self._reordered = []  # they hold every prediction
+                self.epoch_batch_indices = self._samples.batch_indices()
+        del self._samples  # it may hold every prediction
         if self._graphs is not None and self._graphs.counts.captures:
             rank_zero_info(str(self._graphs.counts))
         if self._tuner is not None:
             rank_zero_info("\n".join(self._tuner.summary()))
         return super().on_run_end()
+
+    def _is_pipelined(self, depth: int) -> bool:
+        """Whether anything goes on beside the main thread's work on a batch; else stock order is as fast."""
+        config, behind = self.config, self._in_flight.depth + self._postprocess.depth
+        tunes = config.tunes_depths(self.trainer.strategy.root_device.type)
+        self._overlaps = bool(config.pipelining) and (self._on_hpu or tunes or behind > 0)
+        return self._overlaps or (bool(config.pipelining) and (depth > 0 or config.warm_up))
 
     @property
     def _on_hpu(self) -> bool:
@@ -320,7 +319,7 @@ class PipelinedPredictionLoop(PredictionLoop):
     def _host_batches(self, depth: int) -> Iterator[Batch]:
         ahead = depth + self._in_flight.depth + self._postprocess.depth > 0 or self.config.pipelining == "auto"
         return host_batches(
-            self._data_fetcher,  # `iter()` of it would start the dataloaders again
+            self._samples.without_skipped(self._data_fetcher),  # `iter()` of it would start the dataloaders again
             reused=[ahead and may_reuse_memory(loader) for loader in self._combined_loader.flattened],
             convert=self._hooks.before_transfer,
             buckets=self._buckets,

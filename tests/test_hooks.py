@@ -107,6 +107,18 @@ def test_rule_2_end_hooks_are_late_where_all_of_them_may_be(
     assert len(told) == (defer_hooks == "auto" and not is_safe)
 
 
+@pytest.mark.usefixtures("emulated")
+def test_rule_2_a_profiler_makes_no_hook_unsafe(caplog: pytest.LogCaptureFixture) -> None:
+    """With one, hooks that do nothing are called too, for their spans."""
+    net = Steps()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer(HPUInferenceAccelerator(hpu_graphs=False), [NotingWriter()], profiler="simple").predict(
+            net, rows(10, 2)
+        )
+    assert " ".join(net.notes) == BEHIND
+    assert [record.message for record in caplog.records if LATE in record.message] == []
+
+
 # What end hooks do to what others see: each gives the module, callbacks and what to compare besides predictions.
 
 

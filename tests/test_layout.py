@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
     {"batch", "graphs", "observe", "postprocess"},
-    {"hooks", "step", "source", "doctor"},
+    {"hooks", "samples", "step", "source", "doctor"},
     {"pipeline"},
     {"loop"},
     {"accelerator"},

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from functools import partial
 
 import lightning
 import pytest
@@ -9,8 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.progress import _ProcessedTracker, _Progress
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+from torch import nn
 
 from lightning_hpu_infer import _lightning
 
@@ -68,3 +71,13 @@ def test_the_connector_checks_its_flags_where_ours_listens() -> None:
 def test_the_device_of_strategy_and_precision_can_be_set() -> None:
     assert "_root_device" in SingleDeviceStrategy("cpu").__dict__
     assert "device" in MixedPrecision("bf16-mixed", "cpu").__dict__
+
+
+def test_the_profilers_hooks_are_recognised_and_the_users_are_not() -> None:
+    model = nn.Sequential(nn.Linear(1, 1))
+    users = model[0].register_forward_hook(partial(lambda *_, name: None, name="mine"))
+    with RegisterRecordFunction(model):
+        before, after = model[0]._forward_pre_hooks, model[0]._forward_hooks
+        assert [_lightning.is_profilers_hook(hook) for hook in before.values()] == [True]
+        assert [_lightning.is_profilers_hook(hook) for hook in after.values()] == [False, True]
+    users.remove()

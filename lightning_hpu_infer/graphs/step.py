@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_hpu_infer import _habana, _torch
+from lightning_hpu_infer._lightning import is_profilers_hook
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.context import GraphContext
 from lightning_hpu_infer.graphs.counts import GraphCounts
@@ -153,7 +154,7 @@ class StepGraphs:
                 graph.rebind(now)
             self._kept = None
         with ExitStack() as stack:
-            stack.enter_context(_habana.without_naming_hooks(self._root))
+            stack.enter_context(_habana.without_naming_hooks(self._root, is_profilers_hook))
             self._sites = CallSites()
             stack.callback(self._sites.close)
             stack.callback(self._wait_for_replays)

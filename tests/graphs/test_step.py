@@ -4,13 +4,17 @@ import copy
 import gc
 import logging
 from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.profilers import PyTorchProfiler
 from torch import Tensor, nn
 
 from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
+from lightning_hpu_infer._lightning import is_profilers_hook
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from tests.graphs.models import HPU, Model, graphs_of, one_warning, run, sizes
 from tests.helpers import Broken, BrokenStep, Net, Rows, assert_equal, predict, rows, trainer
@@ -364,3 +368,19 @@ def test_rule_9_device_memory_is_bounded_whatever_the_number_of_batches() -> Non
     # A queue without a bound would hold the 180 further batches; when the device frees a few of them is its affair.
     batch_bytes = 4 * (2 * 4 + 2 * 3)
     assert peaks[1] - peaks[0] < 12 * batch_bytes
+
+
+# What labels modules
+
+
+def test_a_profiler_that_labels_modules_does_not_split_the_step(tmp_path: Path) -> None:
+    """`PyTorchProfiler` puts hooks on every module. They are off during the run, and gone after it as in stock."""
+    module = Two()
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile", export_to_chrome=False)
+    ours = trainer(HPUInferenceAccelerator(), profiler=profiler)
+    expected = predict("cpu", copy.deepcopy(module), rows(12, 2))
+    assert_equal(ours.predict(module, rows(12, 2)), expected)
+    loop: Any = ours.predict_loop
+    assert (loop.graph_counts.captures, loop.graph_counts.replays) == (1, 4)
+    hooks = [(*part._forward_hooks.values(), *part._forward_pre_hooks.values()) for part in module.modules()]
+    assert not any(map(is_profilers_hook, chain.from_iterable(hooks)))

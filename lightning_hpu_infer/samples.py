@@ -1,0 +1,145 @@
+"""Which samples a run predicts, and in which order: those that are not written yet, by length if asked for."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from math import ceil, inf
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import BatchSampler
+
+from lightning_hpu_infer._lightning import set_batch_sampler, users_batch_sampler
+from lightning_hpu_infer.lengths.order import GroupBy, Reordered
+
+Done = Mapping[int, npt.NDArray[np.int64]]
+"""Per dataloader, the dataset's indices of samples whose predictions are kept elsewhere."""
+
+GRAPH_PER_LENGTH = (
+    "`group_by_length` without `bucket_lengths`: each length needs its own graph. Pass `lengths='auto'` for batches"
+    " of a tokenizer, or `bucket_lengths` with a `pad_spec`."
+)
+
+
+class Samples:
+    """Lets the dataloaders of a run yield what is to be predicted, and puts its predictions in stock order.
+
+    Args:
+        loaders: Made by Lightning for prediction. They are changed: batches are made of other samples.
+        max_batches: Batches that the run would take of each.
+        by: What tells a sample's length, if batches are made in order of length.
+        done: Samples to leave out. They are not loaded.
+        skipped: Per dataloader whose samples have no indices, the batches to leave out at its beginning. They are
+            loaded, and dropped.
+
+    Raises:
+        MisconfigurationException: If a sampler yields a sample several times and some are to be left out, or if batches
+            cannot be made in order of length.
+        TypeError: As `Reordered` does.
+        ValueError: As `Reordered` does.
+    """
+
+    def __init__(
+        self,
+        loaders: Sequence[object],
+        max_batches: Sequence[float],
+        by: GroupBy | None = None,
+        done: Done | None = None,
+        skipped: Mapping[int, int] | None = None,
+    ) -> None:
+        self.max_batches = list(max_batches)
+        """Batches that the run takes of each dataloader."""
+        self.totals = self.max_batches
+        """Those, and the batches that are left out."""
+        self._skipped = skipped or {}
+        if done is not None:
+            left = [
+                _without(loader, batches, done.get(number, np.empty(0, np.int64)))
+                for number, (loader, batches) in enumerate(zip(loaders, max_batches, strict=True))
+            ]
+            self.totals, self.max_batches = [total for total, _ in left], [batches for _, batches in left]
+        self.first = [
+            int(total - now) if now < inf else 0 for total, now in zip(self.totals, self.max_batches, strict=True)
+        ]
+        """Index of each dataloader's first batch, so that indices go on where an earlier run stopped."""
+        pairs = zip(loaders, self.max_batches, strict=True)
+        self._reordered = [] if by is None else [Reordered(loader, batches, by) for loader, batches in pairs]
+
+    @property
+    def longest(self) -> list[int]:
+        """The length of each batch; empty unless batches are made in order of length."""
+        return [length for loader in self._reordered for length in loader.longest]
+
+    @property
+    def collectors(self) -> list[Any] | None:
+        """One object per dataloader to append predictions to, if lists would have them in another order than stock."""
+        return list(self._reordered) or None
+
+    def predictions(self) -> list[Any]:
+        """What the collectors have, as lists in stock order."""
+        return [loader.predictions() for loader in self._reordered]
+
+    def batch_indices(self) -> list[list[list[int]]]:
+        """The dataset's indices of the samples of each prediction of `predictions`."""
+        return [loader.batch_indices() for loader in self._reordered]
+
+    def without_skipped(self, fetcher: Any) -> Any:
+        """A data fetcher that drops the batches that are left out at the beginning of dataloaders."""
+        return _Skipping(fetcher, self._skipped) if self._skipped else fetcher
+
+
+def has_indices(loader: object) -> bool:
+    """Whether it is known which samples of the dataset each batch of a dataloader has."""
+    return users_batch_sampler(getattr(loader, "batch_sampler", None)) is not None
+
+
+def _without(loader: Any, max_batches: float, done: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Leave samples out of a dataloader; gives its batches with them, and those without."""
+    wrapper: Any = getattr(loader, "batch_sampler", None)
+    batches = users_batch_sampler(wrapper)
+    if batches is None or not len(done):
+        return max_batches, max_batches
+    if type(batches) is not BatchSampler:
+        # Whatever the user's sampler puts together stays together.
+        found = [list(batch) for batch in islice(batches, int(min(max_batches, 2**62)))]
+        kept = iter(_not_done([sample for batch in found for sample in batch], done))
+        made = [[sample for sample in batch if next(kept)] for batch in found]
+        left = [batch for batch in made if batch]
+        set_batch_sampler(wrapper, left)
+        return len(found), len(left)
+    size = batches.batch_size
+    samples = list(batches.sampler)[: int(min(max_batches * size, 2**62))]
+    batches.sampler = [sample for sample, keep in zip(samples, _not_done(samples, done), strict=True) if keep]
+    return ceil(len(samples) / size), ceil(len(batches.sampler) / size)
+
+
+def _not_done(samples: Sequence[int], done: npt.NDArray[np.int64]) -> list[bool]:
+    if len(set(samples)) < len(samples):
+        raise MisconfigurationException(
+            f"The sampler yields samples several times ({len(samples)} samples, {len(set(samples))} different ones). It"
+            " is not known which of them are predicted already. Predict into another folder, or pass `overwrite=True`."
+        )
+    return [bool(keep) for keep in np.isin(np.asarray(samples, np.int64), done, invert=True)]
+
+
+class _Skipping:
+    """A data fetcher without the first batches of dataloaders."""
+
+    def __init__(self, fetcher: Any, skipped: Mapping[int, int]) -> None:
+        self._fetcher = fetcher
+        self._skipped = skipped
+
+    @property
+    def done(self) -> bool:
+        return bool(self._fetcher.done)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while True:
+            item = next(self._fetcher)
+            _, batch_idx, dataloader_idx = item
+            if batch_idx >= self._skipped.get(dataloader_idx, 0):
+                return item
