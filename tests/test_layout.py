@@ -20,7 +20,7 @@ LAYERS = [
     {"ahead", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
-    {"batch", "graphs", "observe", "postprocess"},
+    {"batch", "graphs", "observe", "postprocess", "writing"},
     {"hooks", "samples", "step", "source", "doctor"},
     {"pipeline"},
     {"loop"},

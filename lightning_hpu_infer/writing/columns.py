@@ -1,0 +1,148 @@
+"""Predictions of a batch as a batch of Arrow's, with one schema for the whole run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from lightning_hpu_infer.nested import parts_of
+from lightning_hpu_infer.writing.arrays import UnfitError, array_of, by_name, is_sequence
+from lightning_hpu_infer.writing.schemas import conform, widened
+
+INDEX, LOADER, ID = "index", "dataloader_idx", "id"
+PREDICTION = "prediction"
+"""The column of a prediction that has no names of its own."""
+
+
+class Columns:
+    """Makes record batches of predictions. The first one fixes the schema, and every other has to fit.
+
+    A prediction that is a tensor, or a list of values, becomes the column `prediction`. A mapping, dataclass or
+    namedtuple, and a list of such with one per sample, becomes one column for each of its parts; see `array_of`.
+
+    Args:
+        columns: Which parts become columns: their names, or a mapping from their names to those of the columns. All by
+            default.
+        schema: The schema of an earlier run, which the first batch has to fit too.
+    """
+
+    def __init__(
+        self, columns: Sequence[str] | Mapping[str, str] | None = None, schema: pa.Schema | None = None
+    ) -> None:
+        if isinstance(columns, str):
+            raise TypeError(f"`columns` is the string {columns!r}. Pass a list of names: [{columns!r}].")
+        if columns is not None and not isinstance(columns, Mapping):
+            columns = {name: name for name in columns}
+        self._names = columns
+        self._schema = schema
+
+    @property
+    def schema(self) -> pa.Schema | None:
+        """The columns and their types; None before the first batch. A type without values yet is null until then."""
+        return self._schema
+
+    def batch(
+        self,
+        prediction: Any,
+        rows: int,
+        index: Sequence[int],
+        dataloader_idx: int,
+        ids: Any = None,
+        *,
+        where: str = "this batch",
+    ) -> pa.RecordBatch:
+        """A batch's predictions, which share no memory with it. From one thread at a time.
+
+        Args:
+            prediction: What the step, or post-processing, returned for the batch.
+            rows: Samples of the batch.
+            index: Where each sample is in its dataset.
+            dataloader_idx: The dataloader that the samples came from.
+            ids: One value per sample for the column `id`; None for no such column.
+            where: The batch, as errors name it.
+
+        Raises:
+            ValueError: If the prediction does not fit: which column of which batch, what was expected and found.
+        """
+        try:
+            arrays = {
+                INDEX: pa.array(np.asarray(index), pa.int64()),
+                LOADER: pa.array(np.full(rows, dataloader_idx), pa.int32()),
+            }
+            if ids is not None:
+                arrays[ID] = array_of(ids, rows, ID)
+            arrays |= self._chosen(prediction, rows, set(arrays))
+            if len(arrays[INDEX]) != rows:
+                raise UnfitError(f"{len(arrays[INDEX])} positions in the dataset were given for {rows} samples.")
+            return self._fitted(arrays)
+        except (UnfitError, pa.ArrowInvalid) as error:
+            raise ValueError(f"The predictions of {where} cannot be written. {error}") from error
+
+    def _chosen(self, prediction: Any, rows: int, taken: set[str]) -> dict[str, pa.Array]:
+        parts = _parts(prediction, rows)
+        names = dict(zip(parts, parts, strict=True)) if self._names is None else self._names
+        if lost := [name for name in names if name not in parts]:
+            raise UnfitError(
+                f"`columns` asks for {', '.join(map(repr, lost))}, and there is only {', '.join(map(repr, parts))}."
+            )
+        if clash := [name for name in names.values() if name in taken]:
+            raise UnfitError(
+                f"Column {clash[0]!r} is the writer's own. Give the prediction's another name, as with"
+                f" `columns={{{clash[0]!r}: 'other', ...}}`."
+            )
+        if len(set(names.values())) < len(names):
+            raise UnfitError(f"`columns` gives one name to several columns: {names}.")
+        return {new: array_of(parts[old], rows, new) for old, new in names.items()}
+
+    def _fitted(self, arrays: dict[str, pa.Array]) -> pa.RecordBatch:
+        if self._schema is None:
+            self._schema = pa.schema([(name, array.type) for name, array in arrays.items()])
+        known = self._schema
+        if set(known.names) != set(arrays):
+            raise UnfitError(
+                f"They have the columns {', '.join(map(repr, arrays))}; those before had"
+                f" {', '.join(map(repr, known.names))}. Return the same in every batch, None where there is no value."
+            )
+        types = [(field.name, field.type, widened(field.type, arrays[field.name].type)) for field in known]
+        for name, expected, kind in types:
+            if kind is None:
+                raise UnfitError(_misfit(name, expected, arrays[name].type))
+        if [kind for _, _, kind in types] != known.types:
+            self._schema = pa.schema([(name, kind) for name, _, kind in types])
+        fitted = [conform(arrays[field.name], field.type) for field in self._schema]
+        return pa.RecordBatch.from_arrays(fitted, schema=self._schema)
+
+
+def _parts(prediction: Any, rows: int) -> dict[str, Any]:
+    """The parts of a prediction that may become columns, each for the whole batch."""
+    if is_sequence(prediction):
+        _refuse_ambiguous(prediction, rows)
+        present = [sample for sample in prediction if sample is not None]
+        fielded = [not is_sequence(sample) and parts_of(sample) is not None for sample in present]
+        if len(prediction) != rows or not fielded or not all(fielded):
+            return {PREDICTION: prediction}
+        named = [by_name(parts_of(sample) or {}, PREDICTION) for sample in prediction]
+        names = dict.fromkeys(name for sample in named for name in sample)
+        return {name: [sample.get(name) for sample in named] for name in names}
+    parts = None if isinstance(prediction, Tensor) else parts_of(prediction)
+    return {PREDICTION: prediction} if parts is None else by_name(parts, PREDICTION)
+
+
+def _refuse_ambiguous(prediction: Sequence[Any], rows: int) -> None:
+    """A tuple of tensors for the batch, and as many as it has samples: `(scores, boxes)` for two of them."""
+    if not isinstance(prediction, tuple) or len(prediction) != rows:
+        return
+    if all(isinstance(part, Tensor | np.ndarray) and part.ndim and part.shape[0] == rows for part in prediction):
+        raise UnfitError(
+            f"A tuple of {rows} tensors with {rows} rows each, for {rows} samples, could be one tensor per sample or"
+            " several for the batch. Return a list for the former and a dict for the latter."
+        )
+
+
+def _misfit(name: str, expected: pa.DataType, found: pa.DataType) -> str:
+    text = f"Column {name!r} is of type {found}, and was {expected} in batches before it."
+    if isinstance(expected, pa.FixedShapeTensorType) and isinstance(found, pa.FixedShapeTensorType):
+        text += " Return a list with one tensor per sample if their shapes vary."
+    return text

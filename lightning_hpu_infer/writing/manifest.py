@@ -1,0 +1,133 @@
+"""What a rank has written: the list of its files, and of what run they are. Replaced as a whole, at each file."""
+
+import base64
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from lightning_hpu_infer.writing.ranges import Ranges
+from lightning_hpu_infer.writing.storage import Storage
+
+FORMAT = "lightning_hpu_infer predictions"
+VERSION = 1
+MANIFEST = "_manifest.json"
+"""Readers of whole folders, such as pandas and Spark, pass over names that begin with an underscore or a dot."""
+
+Fingerprint = dict[str, Any]
+"""What a run depends on, as values of JSON by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A file that is written and whole."""
+
+    name: str
+    """In the rank's folder."""
+    rows: int
+    bytes: int
+    sha256: str
+    indices: dict[int, Ranges] | None
+    """The samples in it, per dataloader; None if they are no few ranges: the file's columns tell then."""
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """A rank's files, and the run that wrote them."""
+
+    rank: int
+    world: int
+    """Ranks of the latest run."""
+    fingerprint: Fingerprint
+    schema: pa.Schema | None = None
+    files: list[File] = field(default_factory=list)
+    complete: bool = False
+    """Whether the rank's latest run came to its end."""
+
+    @property
+    def folder(self) -> str:
+        """Where the files are."""
+        return folder_of(self.rank)
+
+    @property
+    def rows(self) -> int:
+        """Of all files."""
+        return sum(file.rows for file in self.files)
+
+    def store(self, storage: Storage) -> None:
+        """Write it, in place of the one before."""
+        storage.put(f"{self.folder}/{MANIFEST}", self.to_json().encode())
+
+    def to_json(self) -> str:
+        """The file's text."""
+        schema = self.schema
+        values = {
+            "format": FORMAT,
+            "version": VERSION,
+            "rank": self.rank,
+            "world": self.world,
+            "complete": self.complete,
+            "fingerprint": self.fingerprint,
+            "columns": None if schema is None else {each.name: str(each.type) for each in schema},
+            "schema": None if schema is None else base64.b64encode(schema.serialize()).decode(),
+            "files": [vars(file) for file in self.files],
+        }
+        return json.dumps(values, indent=1) + "\n"
+
+    @classmethod
+    def load(cls, storage: Storage, rank: int) -> "Manifest | None":
+        """A rank's manifest; None if it has none.
+
+        Raises:
+            ValueError: If it is not one of ours, or of a newer version.
+        """
+        name = f"{folder_of(rank)}/{MANIFEST}"
+        try:
+            text = storage.get(name)
+        except FileNotFoundError:
+            return None
+        try:
+            values = json.loads(text)
+            if values["format"] != FORMAT:
+                raise KeyError(values["format"])
+            if values["version"] > VERSION:
+                raise ValueError(
+                    f"{storage}/{name} is of version {values['version']}, and this is known up to {VERSION}."
+                    " Update lightning-hpu-infer."
+                )
+            schema = values["schema"]
+            return cls(
+                rank=rank,
+                world=values["world"],
+                fingerprint=values["fingerprint"],
+                schema=None if schema is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))),
+                files=[_file(each) for each in values["files"]],
+                complete=values["complete"],
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{storage}/{name} is no manifest of predictions: {error!r}.") from error
+
+
+def _file(values: dict[str, Any]) -> File:
+    indices = values["indices"]
+    by_loader = None if indices is None else {int(loader): ranges for loader, ranges in indices.items()}
+    return File(**(values | {"indices": by_loader}))
+
+
+def folder_of(rank: int) -> str:
+    """The folder of a rank's files."""
+    return f"rank-{rank:05d}"
+
+
+def rank_of(folder: str) -> int | None:
+    """The rank whose folder has this name; None for any other name."""
+    found = re.fullmatch(r"rank-(\d{5,})", folder)
+    return None if found is None else int(found[1])
+
+
+def all_manifests(storage: Storage) -> list[Manifest]:
+    """The manifests of all ranks, by rank."""
+    ranks = sorted(rank for name in storage.names() if (rank := rank_of(name)) is not None)
+    return [manifest for rank in ranks if (manifest := Manifest.load(storage, rank)) is not None]

@@ -1,0 +1,83 @@
+"""Arrow types that differ only by what had no values yet, brought together."""
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+
+def widened(known: pa.DataType, found: pa.DataType) -> pa.DataType | None:
+    """The type that holds values of both, if one has no values where the other has some; None if there is none.
+
+    Structs are of the same fields, in any order; the order of `known` is kept.
+    """
+    if known == found or pa.types.is_null(found):
+        return known
+    if pa.types.is_null(known):
+        return found
+    if pa.types.is_list(known) and pa.types.is_list(found):
+        inner = widened(known.value_type, found.value_type)
+        return None if inner is None else pa.list_(inner)
+    if pa.types.is_struct(known) and pa.types.is_struct(found):
+        if {field.name for field in known} != {field.name for field in found}:
+            return None
+        fields = [(field.name, widened(field.type, found.field(field.name).type)) for field in known]
+        return None if any(kind is None for _, kind in fields) else pa.struct(fields)
+    # Numbers without fractions in a list of numbers. The conversion is exact, or an error.
+    return known if pa.types.is_float64(known) and pa.types.is_int64(found) else None
+
+
+def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The array as one of the type, which is what `widened` said.
+
+    Raises:
+        pyarrow.ArrowInvalid: If an integer is not exact as a float.
+    """
+    if array.type == kind:
+        return array
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), kind)
+    if pa.types.is_struct(kind):
+        children = [conform(array.field(array.type.get_field_index(field.name)), field.type) for field in kind]
+        mask = array.is_null() if array.null_count else None
+        return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
+    if pa.types.is_list(kind):
+        mask = array.is_null() if array.null_count else None
+        lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        offsets = pa.array([0, *lengths.cumsum().tolist()], pa.int32())
+        return pa.ListArray.from_arrays(offsets, conform(array.flatten(), kind.value_type), mask=mask)
+    return array.cast(kind)
+
+
+def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
+    """One schema for the files of several runs and ranks; None if there is none at all.
+
+    Raises:
+        ValueError: If they do not go together: which column, and the two types.
+    """
+    result: pa.Schema | None = None
+    for schema in schemas:
+        if schema is not None and result is not None:
+            result = _both(result, schema)
+        else:
+            result = schema if result is None else result
+    return result
+
+
+def _both(known: pa.Schema, found: pa.Schema) -> pa.Schema:
+    fields = []
+    for name in dict.fromkeys([*known.names, *found.names]):
+        if name not in known.names or name not in found.names:
+            raise ValueError(f"Some of the files have a column {name!r} and others have none.")
+        types = known.field(name).type, found.field(name).type
+        kind = widened(*types) or widened(*reversed(types))
+        if kind is None:
+            raise ValueError(f"Column {name!r} is of type {types[0]} in some of the files, and {types[1]} in others.")
+        fields.append(pa.field(name, kind))
+    return pa.schema(fields)
+
+
+def conformed(arrays: Sequence[pa.Array], schema: pa.Schema) -> pa.RecordBatch:
+    """A batch of these columns, of the schema's types and in its order."""
+    return pa.RecordBatch.from_arrays(
+        [conform(array, field.type) for array, field in zip(arrays, schema, strict=True)], schema=schema
+    )
