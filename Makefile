@@ -7,6 +7,8 @@
 # make docs       links, Python blocks and tables of README and docs/
 # make installed  the wheel with its dependencies in a new environment, used outside of the checkout
 # make options    the texts of the options, from config.py to the accelerator and docs/options.md; docs/verify.md
+# make ray        the tests with a real Ray on this machine
+# make spark      the tests with a real Spark, which is downloaded; needs Java
 # make verify-hpu on a machine with a Gaudi: the tests of the bridge, and what the plugin assumes of it (docs/verify.md)
 # make hooks      what a commit is checked for (`.venv/bin/pre-commit install` does it at each commit)
 PYTHON ?= python3
@@ -21,7 +23,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .matrix/oldest
 OLDEST_LIGHTNING ?= 2.4.0
 
-.PHONY: demo test lint types unit full smoke matrix oldest coverage docs options verify-hpu package installed hooks release-check clean
+.PHONY: demo test lint types unit full smoke matrix oldest coverage docs options ray spark verify-hpu package installed hooks release-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/embed_sentences.py
@@ -53,6 +55,17 @@ docs: $(STAMP)
 options: $(STAMP)
 	$(BIN)/python docs/make_options.py
 	$(BIN)/python docs/make_assumptions.py
+
+# Each starts processes of its own, so one test at a time.
+ray: $(STAMP)
+	$(BIN)/python -m pytest tests/ray
+
+# It lies in a folder of its own, laid over the same environment: it is large, and nothing else needs it.
+spark: .matrix/spark
+	PYTHONPATH=$(CURDIR)/.matrix/spark $(BIN)/python -m pytest tests/spark
+
+.matrix/spark: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $@ pyspark py4j
 
 # With the Python of the Gaudi image, whose torch is Habana's, and not the one of this environment.
 verify-hpu:

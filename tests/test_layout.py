@@ -23,7 +23,7 @@ LAYERS = [
     {"batch", "graphs", "observe", "postprocess", "writing"},
     {"hooks", "samples", "step", "source", "doctor"},
     {"pipeline"},
-    {"loop"},
+    {"loop", "integrations"},
     {"accelerator"},
     {"strategies", "verify"},
     {"cli"},

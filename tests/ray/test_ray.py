@@ -1,0 +1,159 @@
+"""Datasets of Ray, predicted by actors of a real Ray on this machine."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_hpu_infer.integrations.ray import Predictor, predict_dataset
+from tests.helpers import Net, Rows
+from tests.ray.models import Columns, Dying, Failing, Loading
+
+# Ray warns of what it does itself.
+pytestmark = pytest.mark.filterwarnings("default")
+
+EMULATED = {"env_vars": {"LIGHTNING_HPU_INFER_EMULATOR": "1"}}
+ROWS = 203
+ROOT = Path(__file__).parents[2]
+
+
+def expected() -> Tensor:
+    with torch.inference_mode():
+        return Net().net(Rows(ROWS).rows)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of many lengths, whose rows together are `Rows(ROWS)`, with an `id`."""
+    folder = tmp_path_factory.mktemp("source")
+    for number, ids in enumerate(np.split(np.arange(ROWS), [40, 41, 100, 150])):
+        vectors = pyarrow.FixedShapeTensorArray.from_numpy_ndarray(Rows(ROWS).rows.numpy()[ids])
+        pyarrow.parquet.write_table(pyarrow.table({"id": ids, "x": vectors}), folder / f"{number}.parquet")
+    return folder
+
+
+def check(dataset: Any, *, ordered: bool = False, hpu: bool) -> None:
+    """Each row is there once, with its own prediction."""
+    found = dataset.take_all()
+    ids = [row["id"] for row in found]
+    assert ids == list(range(ROWS)) if ordered else Counter(ids) == Counter(range(ROWS))
+    assert {bool(row["hpu"]) for row in found} == {hpu}
+    predictions = torch.from_numpy(np.stack([row["prediction"] for row in found]))
+    torch.testing.assert_close(predictions, expected()[ids])
+
+
+@pytest.mark.parametrize("batch_format", ["numpy", "pyarrow", "pandas"])
+def test_each_format_on_emulated_hpus(cluster: Any, source: Path, tmp_path: Path, batch_format: Any) -> None:
+    predicted = predict_dataset(
+        cluster.data.read_parquet(str(source)),
+        Loading(tmp_path),
+        concurrency=1,
+        batch_size=4,
+        rows_per_task=16,
+        columns=["id"],
+        batch_format=batch_format,
+        preserve_order=True,
+        num_cpus=0.5,
+        runtime_env=EMULATED,
+    )
+    check(predicted, ordered=True, hpu=True)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_map_batches_takes_the_class_itself_on_the_cpu(cluster: Any, source: Path) -> None:
+    dataset = cluster.data.read_parquet(str(source)).map_batches(
+        Predictor,
+        batch_size=16,
+        compute=cluster.data.ActorPoolStrategy(size=1),
+        fn_constructor_args=(Columns,),
+        fn_constructor_kwargs={"batch_size": 4, "columns": ["id"]},
+    )
+    check(dataset, hpu=False)
+
+
+def test_an_actor_that_dies_is_replaced_and_each_row_is_there_once(cluster: Any, source: Path, tmp_path: Path) -> None:
+    loads = tmp_path / "loads"
+    loads.mkdir()
+    predicted = predict_dataset(
+        cluster.data.read_parquet(str(source)),
+        Loading(loads),
+        concurrency=2,
+        batch_size=4,
+        rows_per_task=16,
+        preprocess=Dying(101, tmp_path / "died"),
+        columns=["id"],
+        num_cpus=0.5,
+        preserve_order=True,
+        runtime_env=EMULATED,
+    )
+    check(predicted, ordered=True, hpu=True)
+    assert (tmp_path / "died").exists()
+    # Two and one more, or none if the second one had not started by then.
+    assert 2 <= len(list(loads.iterdir())) <= 3
+
+
+@pytest.mark.timeout(300)
+def test_a_run_that_failed_goes_on_with_what_is_missing(cluster: Any, source: Path, tmp_path: Path) -> None:
+    counts, mark = tmp_path / "counts", tmp_path / "mark"
+    counts.mkdir()
+    mark.touch()
+
+    def run() -> int:
+        for file in counts.iterdir():
+            file.unlink()
+        predict_dataset(
+            cluster.data.read_parquet(str(source)),
+            Columns,
+            concurrency=1,
+            batch_size=4,
+            rows_per_task=16,
+            preprocess=Failing(120, mark, counts),
+            columns=["id"],
+            id_column="id",
+            checkpoint=tmp_path / "checkpoint",
+            num_cpus=0.5,
+            resources={},
+        ).write_parquet(str(tmp_path / "out"))
+        return sum(int(file.name.partition("-")[0]) for file in counts.iterdir())
+
+    with pytest.raises(Exception, match="row 120 is bad"):
+        run()
+    written = len(pyarrow.parquet.read_table(tmp_path / "out"))
+    assert 0 < written < ROWS
+    mark.unlink()
+    assert run() == ROWS - written
+    found = cluster.data.read_parquet(str(tmp_path / "out"))
+    found.context.checkpoint_config = None
+    check(found, hpu=False)
+    assert run() == 0
+    assert len(pyarrow.parquet.read_table(tmp_path / "out")) == ROWS
+
+
+def test_an_error_says_what_was_wrong(cluster: Any, source: Path) -> None:
+    dataset = cluster.data.read_parquet(str(source))
+    arguments: dict[str, Any] = {"concurrency": 1, "batch_size": 4, "num_cpus": 0.5, "resources": {}}
+    with pytest.raises(ValueError, match="`id_column` and `checkpoint` go together, got 'id' and None"):
+        predict_dataset(dataset, Columns, id_column="id", **arguments)
+    with pytest.raises(Exception, match=r"\['nothing'\] are to be kept"):
+        predict_dataset(dataset, Columns, columns=["nothing"], **arguments).take_all()
+
+
+def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path) -> None:
+    from examples.embed_sentences import SentenceEmbedder, embed, loader_of
+
+    arguments = ["--limit", "40", "--batch-size", "8", "--out", str(tmp_path)]
+    command = [sys.executable, "examples/ray_data.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    table = pyarrow.parquet.read_table(tmp_path / "embeddings")
+    assert sorted(table["id"].to_pylist()) == list(range(40))
+    expected, _ = embed("cpu", SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
+    found = torch.from_numpy(np.stack(table["embedding"].to_numpy(zero_copy_only=False)))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
