@@ -5,6 +5,7 @@
 # make oldest     a smoke test on the oldest torch, Lightning and Python, in an environment of its own
 # make coverage   the tests, and how much of the package they run
 # make docs       links, Python blocks and tables of README and docs/
+# make site       the documentation site in build/site/html: strict, and its links checked
 # make installed  the wheel with its dependencies in a new environment, used outside of the checkout
 # make options    the texts of the options, from config.py to the accelerator and docs/options.md; docs/verify.md
 # make ray        the tests with a real Ray on this machine
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .matrix/oldest
 OLDEST_LIGHTNING ?= 2.4.0
 
-.PHONY: demo test lint types unit full smoke matrix oldest coverage docs options ray spark verify-hpu package installed hooks release-check clean
+.PHONY: demo test lint types unit full smoke matrix oldest coverage docs site options ray spark verify-hpu package installed hooks release-check clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/embed_sentences.py
@@ -51,6 +52,11 @@ coverage: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS) tests/test_docs.py tests/test_project.py
+
+# Needs no network: names of other projects come from docs/inventories.
+site: $(STAMP)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d build/site/doctrees . build/site/html
+	$(BIN)/python docs/check_links.py build/site/html
 
 options: $(STAMP)
 	$(BIN)/python docs/make_options.py
@@ -115,7 +121,7 @@ $(STAMP): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	# Apart from the rest: see model_zoo/vision.py.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/vision timm torchvision
 	touch $@

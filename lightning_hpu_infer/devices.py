@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.links import explained
 
 
 def select_device() -> torch.device:
@@ -82,4 +83,5 @@ def warn_of_cpu() -> None:
         "No HPU was found: HPUInferenceAccelerator predicts on the CPU. On a Gaudi machine, install Habana's PyTorch"
         " bridge (`habana_frameworks`). To try the HPU code path on any machine, emulate one: call"
         " `lightning_hpu_infer.emulator.install()` or set LIGHTNING_HPU_INFER_EMULATOR=1."
+        + explained("no-hpu-was-found")
     )

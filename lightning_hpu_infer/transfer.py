@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.links import explained
 from lightning_hpu_infer.nested import map_leaves, map_tensors
 from lightning_hpu_infer.observer import Observer, Stage
 from lightning_hpu_infer.ownership import copy_of, moves_itself, owned
@@ -159,7 +160,7 @@ class AsyncOutputs:
         rank_zero_warn(
             f"Copying outputs to the host without waiting went wrong ({reason}), so the rest of this run waits for each"
             " copy. No prediction is affected. Pass `async_output=False`, and please report it with what `python -m"
-            " lightning_hpu_infer verify` writes."
+            " lightning_hpu_infer verify` writes." + explained("outputs-copied-without-waiting")
         )
 
 

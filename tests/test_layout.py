@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # A module imports only from the lines above its own. A package stands for all of its modules that are not listed.
 LAYERS = [
-    {"nested", "observer", "randomness"},
+    {"links", "nested", "observer", "randomness"},
     {"_habana", "_lightning", "_torch"},
     {"ahead", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},

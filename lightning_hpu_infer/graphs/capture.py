@@ -14,6 +14,7 @@ from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.padding import Padding
 from lightning_hpu_infer.graphs.split import Split
 from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
+from lightning_hpu_infer.links import explained
 from lightning_hpu_infer.observer import Stage
 
 Arguments = tuple[Any, ...]
@@ -196,7 +197,7 @@ class CapturedGraph:
             self._context.warn(
                 "memory",
                 "The graphs of all shapes take more than `graph_memory`: those that were dropped are not captured"
-                " again. Raise it, or let fewer shapes occur: `bucket_lengths`.",
+                " again. Raise it, or let fewer shapes occur: `bucket_lengths`." + explained("more-shapes-than-graphs"),
             )
             return "its graph was dropped for `graph_memory`"
         if len(found.graphs) < config.max_graphs:
@@ -209,7 +210,7 @@ class CapturedGraph:
                     "shapes",
                     f"There are more shapes in use than `max_graphs={config.max_graphs}`: the existing graphs are kept,"
                     " and batches of other shapes run plainly. Raise `max_graphs`, or let fewer shapes occur:"
-                    " `bucket_lengths`.",
+                    " `bucket_lengths`." + explained("more-shapes-than-graphs"),
                 )
             return "there are more shapes than `max_graphs`"
         self._evict(found, oldest)

@@ -14,7 +14,10 @@ from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs.counts import GraphCounts
 from lightning_hpu_infer.graphs.replacements import DataReplacements
+from lightning_hpu_infer.links import explained
 from lightning_hpu_infer.observer import Observer
+
+_SECTION = "a-part-runs-without-a-graph"
 
 
 class GraphContext:
@@ -109,7 +112,7 @@ class GraphContext:
             reason: In words, with the user's line.
         """
         what = "an HPU graph" if self.kind in ("hpu_graph", "direct") else "torch.compile"
-        self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}.")
+        self.warn(f"fails {reason}", f"A part of {self.name} runs without {what}: {reason}." + explained(_SECTION))
 
     @contextmanager
     def capture(self) -> Iterator[None]:

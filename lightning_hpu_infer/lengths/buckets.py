@@ -7,6 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.lengths.optimal import best_buckets, bucket_of
 from lightning_hpu_infer.lengths.pad import PadSpec
+from lightning_hpu_infer.links import explained
 
 # Batches to look at before "auto" chooses, where their lengths are not known beforehand.
 OBSERVED_BATCHES = 64
@@ -97,6 +98,7 @@ class Buckets:
             rank_zero_warn(
                 f"A batch of length {length} is longer than the largest of `bucket_lengths`, {max(self.chosen or [0])}:"
                 " it is not padded. Each such length needs another graph; add a bucket for it."
+                + explained("longer-than-the-largest-bucket")
             )
         return length
 
