@@ -50,7 +50,7 @@ default_role = "py:obj"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 add_module_names = False
@@ -60,6 +60,8 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = "lightning_hpu_infer"
 html_extra_path = ["_root"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = html_copy_source = False
 html_theme_options = {
     "source_repository": REPOSITORY,

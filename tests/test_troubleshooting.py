@@ -46,7 +46,7 @@ def messages() -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.Raise) or said in SAYING:
                 text = template(call.args[-1] if said == "warn" else call.args[0])
                 if re.search(r"\w{3}", text) and not text.startswith(STOCK):  # not only handed on
-                    yield f"{name}:{node.lineno}", text
+                    yield f"{name}:{call.lineno}", text
 
 
 def patterns() -> Iterator[str]:
