@@ -36,7 +36,8 @@ def messages() -> Iterator[tuple[str, str]]:
             continue
         tree = ast.parse(path.read_text())
         for constant in tree.body:
-            if isinstance(constant, ast.Assign) and "NOTE" in ast.unparse(constant.targets[0]):
+            # A sentence that has a name is said somewhere.
+            if isinstance(constant, ast.Assign) and re.search(r"(\w+\W+){6,}.*\.$", template(constant.value), re.DOTALL):
                 yield f"{name}:{constant.lineno}", template(constant.value)
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
