@@ -36,9 +36,9 @@ def messages() -> Iterator[tuple[str, str]]:
             continue
         tree = ast.parse(path.read_text())
         for constant in tree.body:
-            # A sentence that has a name is said somewhere.
-            if isinstance(constant, ast.Assign) and re.search(r"(\w+\W+){6,}.*\.$", template(constant.value), re.DOTALL):
-                yield f"{name}:{constant.lineno}", template(constant.value)
+            text = template(constant.value) if isinstance(constant, ast.Assign) else ""
+            if text.endswith(".") and len(text.split()) > 6:  # a sentence that has a name is said somewhere
+                yield f"{name}:{constant.lineno}", text
         for node in ast.walk(tree):
             call = node.exc if isinstance(node, ast.Raise) else node
             if not isinstance(call, ast.Call) or not call.args:
