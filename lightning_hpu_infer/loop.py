@@ -15,12 +15,12 @@ from lightning_hpu_infer.batch import Batch, counters_of, shown_to_hooks
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, reads_outputs, uses_dataloader_iter
+from lightning_hpu_infer.in_flight import InFlight
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import Totals, TracedRun
 from lightning_hpu_infer.observer import Lane, Observer, Observers, Stage
 from lightning_hpu_infer.ownership import may_reuse_memory
-from lightning_hpu_infer.pipeline import InFlight
 from lightning_hpu_infer.postprocess import Postprocess
 from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.samples import GRAPH_PER_LENGTH, Samples
@@ -358,7 +358,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         if self.config.trace is None:
             yield Observer()
             return
-        with TracedRun(self.config, self.trainer, self._totals) as traced:
+        with TracedRun.of_trainer(self.config, self.trainer, self._totals) as traced:
             yield traced.trace
 
     def _totals(self) -> Totals:

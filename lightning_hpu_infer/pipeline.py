@@ -1,261 +1,305 @@
-"""The engine: batches are launched on the device and retired in order, some batches behind. Needs no Trainer."""
+"""`InferencePipeline`: prediction without a Trainer, of batches that come one after the other or from many threads."""
 
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from itertools import count
+from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.ahead import has_modes
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.graphs import StepGraphs, graph_kind
-from lightning_hpu_infer.ownership import may_reuse_memory, owned
-from lightning_hpu_infer.postprocess import Postprocess
+from lightning_hpu_infer.engine import Engine
+from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
+from lightning_hpu_infer.lengths.window import InOrder, longest_first
+from lightning_hpu_infer.observe.report import Report
+from lightning_hpu_infer.observer import Lane, Stage
+from lightning_hpu_infer.ownership import may_reuse_memory
 from lightning_hpu_infer.prefetch import Prefetcher
-from lightning_hpu_infer.step import DeviceStep
-from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
+from lightning_hpu_infer.prepare import Preparation
+from lightning_hpu_infer.tuning import Depths, DepthTuner
+from lightning_hpu_infer.work import CLOSED, Room, Work
 
-T = TypeVar("T")
-_END: Any = object()
-
-
-class InFlight(Generic[T]):
-    """The batches that were launched and not yet retired, oldest first.
-
-    Launching batch k+1 before the output of batch k is fetched keeps the device busy, since fetching waits for
-    batch k only (bridge `device.cpp`: a copy to the host waits for the producer of its own source).
-
-    Args:
-        launch: Enqueues the work of one item and returns its output without waiting for the device.
-        depth: Items that may stay in flight behind the newest.
-    """
-
-    def __init__(self, launch: Callable[[T], PendingOutput], depth: int) -> None:
-        self._launch = launch
-        self.depth = depth
-        self._pending: deque[tuple[T, PendingOutput]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    @property
-    def over_capacity(self) -> bool:
-        """Whether the oldest item has to be retired before another may be launched."""
-        return len(self._pending) > self.depth
-
-    def launch(self, item: T) -> None:
-        """Enqueue an item. Does not wait."""
-        self._pending.append((item, self._launch(item)))
-
-    def retire(self) -> tuple[T, Any]:
-        """Wait for the oldest item; returns it with its output. This is the only wait.
-
-        Raises:
-            IndexError: If nothing is in flight.
-        """
-        if not self._pending:
-            raise IndexError("Nothing is in flight: every batch that was pushed has been popped. Push one first.")
-        item, output = self._pending.popleft()
-        return item, output.result()
-
-    def clear(self) -> None:
-        """Forget what is in flight."""
-        while self._pending:
-            self._pending.popleft()[1].drop()
-
-
-class _Stream:
-    """Batches that were launched, in flight first, and then post-processed. Oldest first.
-
-    Raises:
-        TypeError: If `postprocess` cannot be sent to other processes.
-    """
-
-    def __init__(self, launch: Callable[[Any], PendingOutput], depth: int, config: InferenceConfig) -> None:
-        self.in_flight = InFlight(launch, depth)
-        self.postprocess = Postprocess[str](config, torch.inference_mode)
-        self._retired = 0
-
-    def __len__(self) -> int:
-        return len(self.in_flight) + len(self.postprocess)
-
-    def retire(self) -> None:
-        """Wait for the output that was launched first, and have it post-processed."""
-        with torch.inference_mode():
-            _, output = self.in_flight.retire()
-        self.postprocess.submit(f"batch {self._retired}", output, self._retired)
-        self._retired += 1
-
-    def take(self) -> Any:
-        """Wait for what was retired first."""
-        with torch.inference_mode():
-            return self.postprocess.take()[1]
-
-    def results(self, depth: int) -> Iterator[Any]:
-        """Retire until so many are in flight, and take what there is no place for then."""
-        while len(self.in_flight) > depth:
-            self.retire()
-            while self.postprocess.over_capacity:
-                yield self.take()
-
-    def close(self) -> None:
-        """Drop all of it."""
-        self.in_flight.clear()
-        self.postprocess.close()
+_NONE: Any = object()
 
 
 class InferencePipeline:
     """Prediction with graphs, non-blocking copies and pipelining, without a Trainer.
 
+    All device work happens in one thread of the pipeline's own. Its methods may be called by any thread.
+
+    Batches are collections of host tensors, of NumPy arrays, or Arrow's record batches and tables, which the model gets
+    as tensors. Results are on the host, or what `postprocess` returned.
+
     Args:
-        model: Takes one batch and returns any collection of tensors. It is moved to `device` and set to eval mode.
+        model: A module that takes one batch and returns any collection of tensors; a LightningModule, of which
+            `predict_step` and the transfer hooks are used; or a function without arguments that makes one of these in
+            the pipeline's thread. It is moved to `device` and set to eval mode.
         device: An HPU if there is one, else the CPU.
         config: The same flags as `HPUInferenceAccelerator`'s; by default all techniques are on.
-        max_pending: Batches that may be pushed and not popped, 1 or more: each takes the device memory of a batch and
-            its output.
-        when_full: What one more does: "raise" an error, or "wait" until the oldest output has arrived, which then takes
-            host memory until it is popped.
+        precision: "32-true", "bf16-mixed" or "16-mixed", as for a Trainer.
+        max_pending: Batches that may be submitted and not computed, 1 or more: each takes the host memory of a batch.
+        when_full: What one more does: "wait" until there is room, or "raise" an error.
 
     Raises:
-        TypeError: If `postprocess` cannot be sent to other processes.
+        Exception: Whatever the function that makes the model raises.
+        MisconfigurationException: If the device cannot do what `hpu_graphs` asks for.
+        TypeError: If there is no module, or `postprocess` cannot be sent to other processes.
         ValueError: If `config` has an option that needs a Trainer's dataloaders, or another value is out of its range.
 
     Example::
 
         with InferencePipeline(model) as pipeline:
-            for output in pipeline.predict(batches):   # in order, on the host
+            for output in pipeline.predict(batches):   # in order
                 ...
 
-        with InferencePipeline(model) as pipeline:     # or by hand, where batches come one by one
-            pipeline.push(first)
-            pipeline.push(second)                      # the device works on `first` meanwhile
-            output = pipeline.pop()                    # of `first`
+        with InferencePipeline(model) as pipeline:     # from any thread
+            future = pipeline.submit(batch)
+            output = future.result()
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         device: torch.device | str | None = None,
         config: InferenceConfig | None = None,
         *,
+        precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
         max_pending: int = 64,
-        when_full: Literal["raise", "wait"] = "raise",
+        when_full: Literal["wait", "raise"] = "wait",
     ) -> None:
         self.config: InferenceConfig = config if config is not None else InferenceConfig()
         if max_pending < 1:
             raise ValueError(f"`max_pending` must be 1 or more, got {max_pending!r}.")
         if when_full not in ("raise", "wait"):
             raise ValueError(f"`when_full` must be 'raise' or 'wait', got {when_full!r}.")
-        for name in ("bucket_lengths", "group_by_length", "trace"):
-            if getattr(self.config, name) is not None:
-                raise ValueError(f"`{name}` needs a Trainer, got {getattr(self.config, name)!r}. Leave it out here.")
-        if self.config.pipelining == "auto":
-            raise ValueError("`pipelining='auto'` needs a Trainer. Choose `prefetch` and `in_flight` here.")
+        if self.config.group_by_length is not None and self.config.lengths is None:
+            raise ValueError(
+                f"`group_by_length` needs a Trainer, got {self.config.group_by_length!r}. Pass `window` to `predict`,"
+                " which puts batches in order of length."
+            )
         self.device: torch.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         self._on_hpu = self.device.type == _habana.DEVICE_TYPE
-        self._depth = self.config.in_flight_depth(self.device.type)
-        self._pushed = _Stream(self._launch, max_pending - 1, self.config)
-        kind = graph_kind(self.device, self.config)
-        model = model.eval().to(self.device)
-        self._attached = ExitStack()
-        step: Callable[..., Any] = model
-        if kind is not None:
-            graphs = StepGraphs(model, self.device, self.config, kind)
-            self._attached.callback(graphs.release)
-            step = self._attached.enter_context(graphs.attached(model))
-        self._step = DeviceStep(step, self.device)
-        self._async_outputs = AsyncOutputs() if self.config.pipelining and self.config.async_output else None
+        self._max_pending = max_pending
         self._when_full = when_full
-        self._closed = False
+        self._pushed: deque[Future[Any]] = deque()
+        self._buckets = Buckets(self.config) if self.config.bucket_lengths else NoBuckets()
+        self._indices, self._submitted = count(), count()
+        engine = self._engine = Engine(model, self.device, self.config, precision, self._buckets)
+        self._room = Room(max_pending, when_full, engine)
+        pins = self.config.async_copy and self._on_hpu
+        self._prepare = Preparation(engine.model.convert, self._buckets, engine.observer, pins=pins)
+        # Who keeps futures only still gets their results.
+        weakref.finalize(self, engine.close, wait=False).atexit = False
 
     def __enter__(self) -> "InferencePipeline":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def __len__(self) -> int:
         return len(self._pushed)
 
-    def close(self) -> None:
-        """Forget what was pushed, release the graphs and leave the model as it was."""
-        self._closed = True
-        self._pushed.close()
-        self._attached.close()
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be submitted any more."""
+        return self._engine.closed
 
-    def push(self, batch: Any) -> None:
-        """Launch a batch of host tensors, whose memory may be filled again afterwards. Does not wait for the device.
+    @property
+    def report(self) -> Report | None:
+        """What limited all that the pipeline did, once it is closed, if `trace` asked for it."""
+        return self._engine.report
+
+    def close(self, *, cancel: bool = False) -> None:
+        """Compute what was submitted, release the graphs and leave the model as it was. May be called again.
+
+        Threads that wait for room in `submit` get an error.
+
+        Args:
+            cancel: Cancel the batches that were not launched, and wait for the others for ten seconds at most.
+        """
+        self._engine.close(cancel=cancel, wait=False)
+        self._room.look_again()
+        self._engine.close(cancel=cancel)
+
+    # Single batches
+
+    def submit(self, batch: Any) -> "Future[Any]":
+        """Have a batch computed after those before it; its memory may be filled again afterwards.
+
+        Whatever goes wrong with it reaches its future, and no other. A future that is cancelled is not computed if that
+        has not begun. Callbacks of futures run in the pipeline's thread, and must not wait for other futures.
+
+        Returns:
+            Its result, to come.
 
         Raises:
-            RuntimeError: If the pipeline is closed, or full and not told to wait then.
+            RuntimeError: If the pipeline is closed; if it is full and does not wait; or if this thread has modes that
+                the pipeline's has not.
         """
-        in_flight = self._pushed.in_flight
-        if in_flight.over_capacity:
-            if self._when_full == "raise":
-                raise RuntimeError(
-                    f"The pipeline is full: {len(in_flight)} batches were pushed and not popped (`max_pending`). Pop"
-                    " the oldest first, or pass `when_full='wait'`."
-                )
-            self._pushed.retire()
-        in_flight.launch(self._prepare(batch, reused=self._on_hpu))
+        self._check_modes()
+        self._room.enter()
+        work = Work(next(self._indices), batch, next(self._submitted), on_end=self._room.leave)
+        try:
+            self._prepare(work)
+            self._engine.submit(work)
+        except Exception as error:
+            if self.closed:
+                self._room.leave()
+                raise
+            work.fail(error)
+        except BaseException:
+            self._room.leave()
+            raise
+        return work.future
+
+    def push(self, batch: Any) -> None:
+        """Submit a batch whose result `pop` will return.
+
+        Raises:
+            RuntimeError: As `submit` does; and with `when_full="raise"` if `max_pending` results were not popped.
+        """
+        if self._when_full == "raise" and len(self._pushed) >= self._max_pending:
+            raise RuntimeError(
+                f"The pipeline is full: {len(self._pushed)} batches were pushed and not popped (`max_pending`). Pop"
+                " the oldest first, or pass `when_full='wait'`."
+            )
+        self._pushed.append(self.submit(batch))
 
     def pop(self) -> Any:
-        """Wait for the oldest batch pushed and return its output with host tensors, or what `postprocess` returned.
+        """Wait for the oldest batch pushed and return its result, or raise its error.
 
         Raises:
             IndexError: If every batch pushed was popped.
         """
-        in_flight, postprocess = self._pushed.in_flight, self._pushed.postprocess
-        while not postprocess or (len(in_flight) > self._depth and len(postprocess) < postprocess.depth):
-            self._pushed.retire()
-        return self._pushed.take()
+        if not self._pushed:
+            raise IndexError("Nothing is in flight: every batch that was pushed has been popped. Push one first.")
+        return _result(self._pushed.popleft())
 
-    def predict(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Outputs of `batches` in order, with host tensors, or what `postprocess` returned.
+    # Many batches
 
-        Later batches are prepared and launched meanwhile.
+    def predict(self, batches: Iterable[Any], *, window: int = 1) -> Iterator[Any]:
+        """Results of `batches` in order, while later batches are prepared and computed.
 
-        Batches that were pushed by hand are not among them. An error, of `batches` or of the model, is raised after the
-        outputs of all batches before it. A generator that is closed early drops what is in flight.
+        Their number is bounded by `prefetch` and `in_flight`. An error, of `batches` or of the model, is raised after
+        the results of all batches before it. A generator that is closed early cancels the batches that it is ahead.
+
+        Args:
+            batches: Any iterable, also an endless one. A thread asks for them if `prefetch`.
+            window: Of so many batches at a time the longest is computed first, and so on. More than 1 needs `pad_spec`,
+                which tells a batch's length.
 
         Raises:
-            RuntimeError: If the pipeline is closed.
+            RuntimeError: If the pipeline is closed, or this thread has modes that the pipeline's has not.
+            ValueError: If `window` is out of its range, or there is no `pad_spec`.
         """
-        stream = _Stream(self._launch, self._depth, self.config)
-        ahead = self.config.prefetch_depth(self.device.type)
-        # On the CPU a batch is done with when it is launched.
-        reused = may_reuse_memory(batches) and (self._on_hpu or ahead > 0)
-        prepare = partial(self._prepare, reused=reused)
+        if window < 1:
+            raise ValueError(f"`window` must be 1 or more, got {window!r}.")
+        if window > 1 and not self._buckets.pads:
+            raise ValueError(
+                "`window` puts batches in order of length, which `pad_spec` tells: pass `lengths='auto'`, or"
+                " `bucket_lengths` with a `pad_spec`."
+            )
+        self._check_modes()
+        return self._predict(batches, window)
+
+    def _predict(self, batches: Iterable[Any], window: int) -> Iterator[Any]:
+        """The order of the stages: batches are prepared ahead, submitted, and their results taken behind."""
+        engine, results = self._engine, InOrder()
+        depth = self.config.prefetch_depth(self.device.type)
+        prepared = Prefetcher(self._prepared(batches, window), depth, torch.inference_mode)
+        taken: deque[tuple[int, Future[Any]]] = deque()
         failed: Exception | None = None
-        with closing(stream):
-            with Prefetcher(map(prepare, batches), ahead, torch.inference_mode) as prepared:
-                while failed is None:
-                    try:
-                        if (batch := next(prepared, _END)) is _END:
-                            break
-                        stream.in_flight.launch(batch)
-                    except Exception as error:
-                        failed = error
-                    yield from stream.results(self._depth)
-            yield from stream.results(0)
-            while stream:
-                yield stream.take()
+        with self._tuned(prepared) as tune:
+            try:
+                with prepared:
+                    while failed is None:
+                        try:
+                            if (item := next(prepared, _NONE)) is _NONE:
+                                break
+                            place, work = item
+                            engine.submit(work)
+                            taken.append((place, work.future))
+                        except Exception as error:
+                            failed = error
+                        tune()
+                        while len(taken) > engine.ahead:
+                            yield from results.add(*_awaited(*taken.popleft()))
+                while taken:
+                    yield from results.add(*_awaited(*taken.popleft()))
+            finally:
+                for _, future in taken:
+                    future.cancel()
         if failed is not None:
             raise failed
 
-    def _prepare(self, batch: Any, *, reused: bool) -> Any:
-        """The batch in memory that the device reads by itself, and that its owner does not write if it may."""
-        if self.config.async_copy and self._on_hpu:
-            return pin(batch, owns=reused)
-        return owned(batch) if reused else batch
+    def _prepared(self, batches: Iterable[Any], window: int) -> Iterator[tuple[int, Work]]:
+        """The batches, ready for the device, with their places. Advancing this is the prefetch thread's work."""
+        # Where nothing is done ahead, the device is done with a batch when the next one is asked for.
+        reused = may_reuse_memory(batches) and (self._on_hpu or self._engine.ahead > 0 or window > 1)
+        fetched = self._fetched(batches)
+        if window > 1:
+            fetched = ((index, self._prepare.convert(batch, index, owns=reused)) for index, batch in fetched)
+        for place, (index, batch) in longest_first(fetched, window, lambda item: self._buckets.spec.length_of(item[1])):
+            work = Work(index, batch, place)
+            self._prepare(work, converts=window == 1, owns=reused and window == 1)
+            yield place, work
 
-    def _launch(self, batch: Any) -> PendingOutput:
-        if self._closed:
-            raise RuntimeError("This pipeline is closed: make another one.")
-        with torch.inference_mode():
-            output = self._step(move_data_to_device(batch, self.device))
-            return PendingOutput(output, self.device, asynchronous=self._async_outputs)
+    def _fetched(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """The batches with their indices among all of the pipeline."""
+        iterator, observer = iter(batches), self._engine.observer
+        while True:
+            start = time.perf_counter()
+            if (batch := next(iterator, _NONE)) is _NONE:
+                return
+            index = next(self._indices)
+            observer.add(Stage.FETCH, Lane.PREFETCH, start, time.perf_counter(), index)
+            yield index, batch
+
+    @contextmanager
+    def _tuned(self, prepared: Prefetcher[Any]) -> Iterator[Callable[[], object]]:
+        """Let the depths rise while this run goes on, if they are not fixed; gives what sets those of this thread."""
+        engine, watching = self._engine, self._engine.while_predicting
+        if not self.config.tunes_depths(self.device.type) or watching.tuner is not None:
+            yield lambda: None
+            return
+        first = Depths(prepared.depth, engine.depth)
+
+        def apply(depths: Depths) -> None:
+            engine.depth = depths.in_flight
+
+        tuner = watching.tuner = watching.last = DepthTuner(first, self.config.depth_memory, apply=apply)
+        try:
+            yield lambda: prepared.set_depth(tuner.depths.prefetch)
+        finally:
+            # For single batches greater depths only mean later results.
+            watching.tuner, engine.depth = None, first.in_flight
+
+    def _check_modes(self) -> None:
+        """Refuse what would be computed otherwise in this thread."""
+        if has_modes() or torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError(
+                "`torch.autocast` or `torch.set_default_device` is on in this thread, but a pipeline computes in one of"
+                " its own, which has neither. Pass `precision='bf16-mixed'`, or enter it in the model's `forward`."
+            )
+
+
+def _result(future: "Future[Any]") -> Any:
+    try:
+        return future.result()
+    except CancelledError:
+        raise RuntimeError(CLOSED) from None
+
+
+def _awaited(place: int, future: "Future[Any]") -> tuple[int, Callable[[], Any]]:
+    """A result that is there, for when its turn comes."""
+    wait([future])
+    return place, partial(_result, future)

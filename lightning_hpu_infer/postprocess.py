@@ -35,6 +35,7 @@ class Postprocess(Generic[T]):
         mode: The context of each call: grad and inference mode are per thread.
         observer: Observes the calls, and the waiting for them.
         threads: Whether threads beside the main thread make tensors as it does.
+        on_done: Called when a call in the pool has ended, by any thread.
 
     Raises:
         TypeError: If the function cannot be sent to other processes.
@@ -47,12 +48,14 @@ class Postprocess(Generic[T]):
         observer: Observer | None = None,
         *,
         threads: bool = True,
+        on_done: Callable[[], object] | None = None,
     ) -> None:
         self._function = config.postprocess
         self.is_on: bool = config.postprocess is not None
         """Whether there is a function."""
         self._observer = observer or Observer()
         self._told = False
+        self._on_done = on_done
         self._pool: _Threads | Processes | None = None
         workers, in_threads = config.postprocess_workers, config.postprocess_backend == "thread"
         if (
@@ -80,6 +83,20 @@ class Postprocess(Generic[T]):
         """Whether the oldest item has to be taken before another may be submitted."""
         return len(self._pending) > self.depth
 
+    @property
+    def oldest(self) -> T:
+        """The item that is taken next.
+
+        Raises:
+            IndexError: If nothing was submitted.
+        """
+        return self._pending[0][0]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the oldest item can be taken without waiting for the pool."""
+        return bool(self._pending) and (self._pool is None or self._pending[0][2].done())
+
     def submit(self, item: T, output: Any, index: int) -> None:
         """Have the function called with an item's output, and do not wait for it.
 
@@ -95,6 +112,8 @@ class Postprocess(Generic[T]):
                 # A pool that broke. The items before this one have their turn first.
                 output = Future()
                 output.set_exception(error)
+            if (on_done := self._on_done) is not None:
+                output.add_done_callback(lambda _: on_done())
         self._pending.append((item, index, output))
 
     def take(self) -> tuple[T, Any]:

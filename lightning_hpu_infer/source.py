@@ -103,15 +103,13 @@ def is_of_device(batch: Batch) -> bool:
 def warmed_up(
     batches: Iterator[Batch], buckets: Buckets, run: Callable[[Any, Batch], object], *, times: int, quiet: bool
 ) -> Iterator[Batch]:
-    """Run the first batch in every bucket before it is handed on, so that each bucket has its graph by then.
-
-    Main thread only. Random numbers are drawn as if this had not happened.
+    """`warm_up` with the first batch before it is handed on.
 
     Args:
         batches: Those of the run, as `host_batches` yields them.
-        buckets: The buckets to run, the largest first.
+        buckets: The buckets to run.
         run: Runs the step with host data in place of a batch's, and drops what it returns.
-        times: Runs per bucket: plainly, captured, and each replay that is verified.
+        times: Runs per bucket.
         quiet: Whether to show no progress bar.
 
     Returns:
@@ -120,11 +118,26 @@ def warmed_up(
     first = next(batches, None)
     if first is None:
         return batches
+    warm_up(first.data, buckets, lambda data: run(data, first), times=times, quiet=quiet)
+    return chain([first], batches)
+
+
+def warm_up(data: Any, buckets: Buckets, run: Callable[[Any], object], *, times: int, quiet: bool) -> None:
+    """Run a batch in every bucket, so that each has its graph afterwards.
+
+    Main thread only. Random numbers are drawn as if this had not happened.
+
+    Args:
+        data: The first batch, on the host.
+        buckets: The buckets to run, the largest first.
+        run: Runs the step with host data, and drops what it returns.
+        times: Runs per bucket: plainly, captured, and each replay that is verified.
+        quiet: Whether to show no progress bar.
+    """
     if not buckets.chosen:
         rank_zero_warn("`warm_up=True`: the buckets are not known before the first run, so there are none to warm up.")
     with kept_by_others(), torch.random.fork_rng(devices=[]):
         for length in tqdm((buckets.chosen or [])[::-1], desc="Warming up", unit="bucket", disable=quiet):
-            data = owned(buckets.spec.pad(buckets.spec.narrow(first.data, length), length))
+            padded = owned(buckets.spec.pad(buckets.spec.narrow(data, length), length))
             for _ in range(times):
-                run(data, first)
-    return chain([first], batches)
+                run(padded)

@@ -63,7 +63,7 @@ def step_on_device(strategy: Strategy, graphs: Callable[[], StepGraphs | None], 
     step, context = step_of(strategy)
     found = graphs()
     with found.attached(step, observer) if found is not None else nullcontext(step) as graphed:
-        vars(strategy)["predict_step"] = DeviceStep(_inside(context, graphed), strategy.root_device)
+        vars(strategy)["predict_step"] = DeviceStep(inside(context, graphed), strategy.root_device)
         try:
             yield
         finally:
@@ -94,8 +94,8 @@ def step_of(strategy: Strategy) -> tuple[Step, Callable[[], AbstractContextManag
     return step, None if plain else precision.predict_step_context
 
 
-def _inside(context: Callable[[], AbstractContextManager[Any]] | None, step: Step) -> Step:
-    """A step that runs inside of the precision plugin's context, which is never traced."""
+def inside(context: Callable[[], AbstractContextManager[Any]] | None, step: Step) -> Step:
+    """A step that runs inside of a context of its precision, which is never traced; None is no context."""
     if context is None:
         return step
 

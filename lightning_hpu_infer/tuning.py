@@ -262,6 +262,36 @@ class DepthTuner(Observer):
         self._began = self._clock()
 
 
+class WhilePredicting(Observer):
+    """Passes on to the tuner of a run of `predict`, while there is one."""
+
+    def __init__(self) -> None:
+        self.tuner: DepthTuner | None = None
+        self.last: DepthTuner | None = None
+        """That of the newest run, which may be over."""
+
+    def wrap(self, stage: Stage, function: Callable[..., T], lane: Lane = Lane.MAIN) -> Callable[..., T]:
+        """The function, which looks at each call whether there is a tuner."""
+        if stage != Stage.WAIT_INPUT:
+            return function
+
+        def call(*args: Any) -> T:
+            tuner = self.tuner
+            return (function if tuner is None else tuner.wrap(stage, function))(*args)
+
+        return call
+
+    def timed(self, stage: Stage, function: Callable[..., T], *args: Any) -> T:
+        """Call the function, timed by the tuner."""
+        tuner = self.tuner
+        return function(*args) if tuner is None else tuner.timed(stage, function, *args)
+
+    def completed(self, output: Any) -> None:
+        """Tell the tuner."""
+        if (tuner := self.tuner) is not None:
+            tuner.completed(output)
+
+
 def _difference(before: Depths, after: Depths) -> str:
     pairs = zip(Depths._fields, before, after, strict=True)
     return ", ".join(f"{name} from {old} to {new}" for name, old, new in pairs if old != new)

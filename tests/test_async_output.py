@@ -1,5 +1,7 @@
 """Outputs that are copied to pinned memory without waiting: as right as those that are waited for."""
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -144,11 +146,22 @@ def test_rule_7_a_step_may_return_memory_and_containers_that_it_fills_again(
 
 
 def test_launching_goes_on_while_nothing_is_copied() -> None:
-    module = Net()
-    with InferencePipeline(module.net, config=InferenceConfig(async_output=True, hpu_graphs=False)) as pipeline:
+    all_are_there = threading.Event()
+
+    class Held(Net):
+        def predict_step(self, *args: Any) -> Any:
+            assert all_are_there.wait(60)
+            return super().predict_step(*args)
+
+    module, config = Held(), InferenceConfig(async_output=True, hpu_graphs=False, in_flight=6)
+    with InferencePipeline(module, config=config) as pipeline:
         with emulator.paused("d2h"):
             for batch in rows(12, 2):
                 pipeline.push(batch)
+            all_are_there.set()
+            ends = time.monotonic() + 60
+            while emulator.stats().d2h_non_blocking < 6 and time.monotonic() < ends:
+                time.sleep(0.001)
             assert emulator.stats().d2h_non_blocking == 6
         found = [pipeline.pop() for _ in range(6)]
     torch.testing.assert_close(torch.cat(found), module.cpu().net(torch.cat(list(rows(12, 2)))))

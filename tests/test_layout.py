@@ -17,11 +17,13 @@ MAX_LINES = 400
 LAYERS = [
     {"links", "nested", "observer", "randomness"},
     {"_habana", "_lightning", "_torch"},
-    {"ahead", "lengths.pad", "ownership", "recipes"},
+    {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
-    {"batch", "graphs", "observe", "postprocess", "writing"},
-    {"hooks", "samples", "step", "source", "doctor"},
+    {"batch", "graphs", "in_flight", "observe", "postprocess", "work", "writing"},
+    {"hooks", "step", "source", "doctor"},
+    {"model_step", "prepare"},
+    {"engine"},
     {"pipeline"},
     {"loop", "integrations"},
     {"accelerator"},
@@ -90,9 +92,9 @@ def test_there_is_no_circle_of_imports() -> None:
     assert set(MODULES) - done == set()
 
 
-def test_only_the_loop_and_the_command_line_record_runs() -> None:
+def test_only_the_loop_the_engine_and_the_command_line_record_runs() -> None:
     importing = {name for name, others in IMPORTS.items() if "lightning_hpu_infer.observe.run" in others}
-    assert importing <= {"lightning_hpu_infer.loop", "lightning_hpu_infer.cli"}
+    assert importing <= {f"lightning_hpu_infer.{name}" for name in ("loop", "engine", "cli")}
 
 
 def test_the_emulator_imports_nothing_from_its_parent() -> None:
@@ -136,7 +138,7 @@ def test_no_file_is_longer_than_400_lines(path: Path) -> None:
 
 def test_what_watches_a_run_is_smaller_than_what_it_watches() -> None:
     lines = sum(len(path.read_text().splitlines()) for path in (PACKAGE / "observe").glob("*.py"))
-    assert lines <= 1400
+    assert lines <= 1450
 
 
 def test_words_are_the_fields() -> None:

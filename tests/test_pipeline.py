@@ -1,6 +1,7 @@
 """The engine without a Trainer."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
+from lightning_hpu_infer.lengths.pad import PadSpec
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.helpers import Broken, Net, Rows, assert_equal
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -97,7 +100,7 @@ def test_rule_10_an_error_comes_after_the_outputs_before_it(config: InferenceCon
 
 
 def test_rule_9_pushing_has_a_bound_that_raises_or_waits() -> None:
-    with InferencePipeline(Net().net, max_pending=3) as pipeline:
+    with InferencePipeline(Net().net, max_pending=3, when_full="raise") as pipeline:
         for batch in batches(3):
             pipeline.push(batch)
         with pytest.raises(RuntimeError, match=r"full: 3 batches .*`max_pending`.*Pop the oldest.*`when_full='wait'`"):
@@ -214,16 +217,141 @@ def test_two_pipelines_on_one_model_are_both_right_whichever_is_closed_first(
         assert_equal(list(third.predict(batches())), expected())
 
 
+def test_an_option_that_needs_a_trainer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`group_by_length` needs a Trainer, got 'text'. Pass `window` to `predict`"):
+        InferencePipeline(nn.Linear(2, 2), config=InferenceConfig(group_by_length="text"))
+
+
+# Lengths
+
+
+class Words(nn.Module):
+    """One sum per sentence, which padding does not change, and one number per word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(torch.arange(20.0).reshape(10, 2))
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        words = self.table(batch["input_ids"]) * batch["attention_mask"].unsqueeze(-1)
+        return {"sums": words.sum(1), "words": words}
+
+
+def sentences(lengths: list[int]) -> list[dict[str, Tensor]]:
+    return [
+        {"input_ids": torch.arange(length).remainder(9).add(1).repeat(2, 1), "attention_mask": torch.ones(2, length)}
+        for length in lengths
+    ]
+
+
+LENGTHS = [3, 9, 4, 7, 9, 2, 6, 5, 1, 8, 8, 3]
+WORDS = PadSpec.tokenizer(words=1)
+
+
+@pytest.mark.parametrize("window", [1, 5, 100])
 @pytest.mark.parametrize(
     "flags",
     [
-        {"bucket_lengths": [8], "pad_spec": "tokenizer"},
-        {"group_by_length": "text"},
-        {"trace": "folder"},
-        {"pipelining": "auto"},
+        {"bucket_lengths": [4, 10], "pad_spec": WORDS},
+        {"bucket_lengths": [4, 10], "pad_spec": WORDS, "warm_up": True, "in_flight": 3, "prefetch": 2},
+        {"lengths": "auto", "pad_spec": WORDS, "bucket_multiple": 4},
+        {"lengths": "auto", "pad_spec": WORDS, "bucket_multiple": 4, "pipelining": False},
     ],
     ids=str,
 )
-def test_options_that_need_a_trainer_are_refused(flags: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="needs a Trainer"):
-        InferencePipeline(nn.Linear(2, 2), config=InferenceConfig(**flags))
+def test_batches_are_padded_to_buckets_and_outputs_cut(flags: dict[str, Any], window: int, device: str) -> None:
+    with torch.inference_mode():
+        truth = [Words()(batch) for batch in sentences(LENGTHS)]
+    shapes: set[Any] = set()
+
+    class Seen(Words):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            shapes.add(tuple(batch["input_ids"].shape))
+            return super().forward(batch)
+
+    config = InferenceConfig(**flags)
+    with InferencePipeline(Seen(), config=config) as pipeline:
+        assert_equal(list(pipeline.predict(sentences(LENGTHS), window=window)), truth)
+        futures = [pipeline.submit(batch) for batch in sentences(LENGTHS)]
+        assert_equal([future.result(60) for future in futures], truth)
+    assert shapes == {(2, 4), (2, 10)} if "lengths" not in flags else {(2, 4), (2, 8), (2, 12)}
+
+
+def test_a_window_keeps_batches_of_a_loader_that_fills_its_memory_again(device: str) -> None:
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+
+    def refilled() -> Iterator[dict[str, Tensor]]:
+        for batch in sentences(LENGTHS):
+            view = ids[:, : batch["input_ids"].shape[1]]
+            yield {"input_ids": view.copy_(batch["input_ids"]), "attention_mask": batch["attention_mask"]}
+
+    with torch.inference_mode():
+        truth = [Words()(batch) for batch in sentences(LENGTHS)]
+    for pipelining in (True, False):
+        config = InferenceConfig(lengths="auto", pad_spec=WORDS, pipelining=pipelining)
+        with InferencePipeline(Words(), config=config) as pipeline:
+            assert_equal(list(pipeline.predict(refilled(), window=4)), truth)
+
+
+def test_a_window_needs_lengths() -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        with pytest.raises(ValueError, match="`window` puts batches in order of length, which `pad_spec` tells"):
+            pipeline.predict(batches(), window=4)
+        with pytest.raises(ValueError, match="`window` must be 1 or more, got 0"):
+            pipeline.predict(batches(), window=0)
+
+
+@pytest.mark.parametrize("fault", ["batches", "model"])
+def test_an_error_within_a_window_comes_after_the_outputs_before_it(fault: str) -> None:
+    def faulty() -> Iterator[Any]:
+        for index, batch in enumerate(sentences(LENGTHS)):
+            if index == 5:
+                if fault == "batches":
+                    raise Broken("batch 5")
+                batch["attention_mask"] = batch["attention_mask"][:1, :, None]
+            yield batch
+
+    found: list[Any] = []
+    config = InferenceConfig(bucket_lengths=[4, 10], pad_spec=WORDS)
+    with InferencePipeline(Words(), config=config) as pipeline:
+        with pytest.raises(Broken if fault == "batches" else RuntimeError):
+            found.extend(pipeline.predict(faulty(), window=4))
+        with torch.inference_mode():
+            assert_equal(found, [Words()(batch) for batch in sentences(LENGTHS)[:5]])
+        list(pipeline.predict(sentences(LENGTHS)))
+
+
+# Observation and depths
+
+
+def test_a_trace_has_all_that_the_pipeline_did(tmp_path: Path, device: str) -> None:
+    with InferencePipeline(Net().net, config=InferenceConfig(trace=tmp_path, postprocess=torch.clone)) as pipeline:
+        list(pipeline.predict(batches()))
+        pipeline.submit(batches()[0]).result(60)
+        assert pipeline.report is None
+    report = pipeline.report
+    assert report is not None
+    assert report.batches == 8
+    assert report.counters.captures == (1 if device == "emulator" else 0)
+    stages = {(stage.lane, stage.stage) for stage in report.stages}
+    assert stages >= {
+        (Lane.PREFETCH, Stage.FETCH),
+        (Lane.PREFETCH, Stage.PREPARE),
+        (Lane.MAIN, Stage.WAIT_INPUT),
+        (Lane.MAIN, Stage.LAUNCH),
+        (Lane.MAIN, Stage.COPY_OUT),
+        (Lane.POSTPROCESS, Stage.POSTPROCESS),
+    }
+    assert ((Lane.DEVICE, Stage.DEVICE) in stages) == (device == "emulator")
+    assert (tmp_path / "report.json").exists()
+
+
+def test_depths_rise_during_predict_and_fall_back_for_single_batches(tmp_path: Path) -> None:
+    """A source in bursts: preparing further ahead pays, and the report says with which depths it ended."""
+    config = InferenceConfig(pipelining="auto", trace=tmp_path, hpu_graphs=False)
+    with InferencePipeline(Net().net, config=config) as pipeline:
+        assert_equal(list(pipeline.predict(batches() * 20)), expected() * 20)
+        assert_equal(list(pipeline.predict(batches())), expected())
+        assert_equal(pipeline.submit(batches()[1]).result(60), expected()[1])
+    assert pipeline.report is not None
+    assert pipeline.report.tuning

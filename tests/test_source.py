@@ -52,6 +52,8 @@ class Window:
 def values(batch: dict[str, Any]) -> list[Any]:
     """All that a batch of a `Window` says, in memory of its own."""
     (inner, (raw, constant)), held = batch["deep"], batch["object"]
+    if isinstance(raw, torch.Tensor):  # as a pipeline gives it to its model
+        raw = raw.cpu().numpy()
     tensors = [batch["x"], inner["ids"], batch["shared"], held.x]
     plain = [constant, list(batch["names"]), bytes(batch["bytes"]), batch["number"], held.fixed]
     return [*(tensor[:, :1].cpu().clone() for tensor in tensors), float(raw.mean()), *plain]

@@ -5,10 +5,12 @@ from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer import _habana
@@ -29,24 +31,54 @@ find these, in words."""
 
 
 class TracedRun:
-    """Records one run on all of its lanes. However it ends, its report is the accelerator's then, and in the folder.
+    """Records one run on all of its lanes. However it ends, its report is handed over then, and in the folder.
 
     The device's own lanes come from the emulator. On hardware the HPU profiler has them: give its trace to
     `python -m lightning_hpu_infer diagnose`.
 
     Args:
         config: The flags of the run. `trace` is the folder to write to.
-        trainer: Whose run it is.
+        device: Where the step runs.
         totals: Called when the run has ended.
+        keep: Called with the report.
+        precision: As Lightning names it.
+        progress_bar: Whether one is shown.
+        rank: Of this process, where several write into folders of their own.
     """
 
-    def __init__(self, config: InferenceConfig, trainer: Any, totals: Callable[[], Totals]) -> None:
+    def __init__(
+        self,
+        config: InferenceConfig,
+        device: torch.device,
+        totals: Callable[[], Totals],
+        keep: Callable[[Report], object],
+        *,
+        precision: str = "32-true",
+        progress_bar: bool = False,
+        rank: int | None = None,
+    ) -> None:
         self.trace = Trace()
         self._config = config
-        self._trainer = trainer
+        self._device = device
         self._totals = totals
-        self._on_hpu = trainer.strategy.root_device.type == _habana.DEVICE_TYPE
+        self._keep = keep
+        self._setup = Setup(precision=precision, progress_bar=progress_bar, cores=os.cpu_count() or 0)
+        self._rank = rank
+        self._on_hpu = device.type == _habana.DEVICE_TYPE
         self.spans: list[Span] = []
+
+    @classmethod
+    def of_trainer(cls, config: InferenceConfig, trainer: Any, totals: Callable[[], Totals]) -> "TracedRun":
+        """One of a Trainer, whose accelerator keeps the report."""
+        return cls(
+            config,
+            trainer.strategy.root_device,
+            totals,
+            partial(setattr, trainer.accelerator, "report"),
+            precision=str(trainer.precision),
+            progress_bar=trainer.progress_bar_callback is not None,
+            rank=trainer.global_rank if trainer.world_size > 1 else None,
+        )
 
     def __enter__(self) -> "TracedRun":
         if self._on_hpu:
@@ -54,7 +86,7 @@ class TracedRun:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """End the recording, leave the report with the accelerator, and write both to the folder.
+        """End the recording, hand the report over, and write both to the folder.
 
         Whatever fails is said only: neither are predictions that may have taken hours lost for a full disk, nor the
         error that ended the run.
@@ -63,10 +95,9 @@ class TracedRun:
             report = self.finish(*self._totals())
             if report is not None:
                 report = replace(report, error=f"{type(error).__name__}: {error}" if error is not None else "")
-                self._trainer.accelerator.report = report
+                self._keep(report)
                 folder = Path(self._config.trace or "")
-                ranks = self._trainer.world_size
-                self.write(report, folder / f"rank{self._trainer.global_rank}" if ranks > 1 else folder)
+                self.write(report, folder if self._rank is None else folder / f"rank{self._rank}")
         except Exception as problem:
             say = rank_zero_warn if error is None else rank_zero_info  # a warning may be an error, and hide the other
             say(f"The trace of this run could not be written to {self._config.trace}: {problem!r}")
@@ -97,11 +128,7 @@ class TracedRun:
         return analyse(
             self.spans,
             config=self._as_it_ran(depths, threaded=threaded),
-            setup=Setup(
-                precision=str(self._trainer.precision),
-                progress_bar=self._trainer.progress_bar_callback is not None,
-                cores=os.cpu_count() or 0,
-            ),
+            setup=self._setup,
             counters=counters,
             measured_on=measured_on,
             tuning=tuning,
@@ -137,7 +164,7 @@ class TracedRun:
 
     def _as_it_ran(self, depths: tuple[int, int] | None, *, threaded: bool) -> InferenceConfig:
         """The flags with the depths that there were in the end: `prefetch` is 0 where no thread ran."""
-        config, device = self._config, self._trainer.strategy.root_device
+        config, device = self._config, self._device
         prefetch, in_flight = depths or (config.prefetch_depth(device.type), config.in_flight_depth(device.type))
         return replace(config, prefetch=prefetch if threaded else 0, in_flight=in_flight)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+import torch
 
 from lightning_hpu_infer import HPUInferenceAccelerator
 from lightning_hpu_infer.config import InferenceConfig
@@ -83,7 +83,7 @@ def test_advice_rests_on_the_depths_that_a_run_ended_with(monkeypatch: pytest.Mo
     asked: list[InferenceConfig] = []
     monkeypatch.setattr(tracing, "analyse", lambda spans, config, **_: asked.append(config))
     traced = tracing.TracedRun(
-        InferenceConfig(pipelining="auto"), Trainer(accelerator="cpu", logger=False), lambda: (Counters(), None, ())
+        InferenceConfig(pipelining="auto"), torch.device("cpu"), lambda: (Counters(), None, ()), lambda _: None
     )
     traced.trace.wrap(S.FETCH, int, Lane.PREFETCH)()
     traced.trace.at(0)

@@ -1,0 +1,120 @@
+"""A batch that was submitted, and the bound on how many there may be."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from lightning_hpu_infer.lengths.buckets import Lengths
+
+CLOSED = "This pipeline is closed: make another one."
+_WHEN_FULL = "Wait for a result first, or pass `when_full='wait'`."
+_IN_CALLBACK = "The pipeline's own thread, in which callbacks of futures run, cannot wait: submit from another one."
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A batch that was submitted, from its preparation to its result."""
+
+    index: int
+    """Its index among all of the pipeline."""
+    batch: Any
+    """Prepared on the host; None once it is on the device."""
+    batch_idx: int
+    """What the step is told, and what messages name: its index among those that came the same way."""
+    lengths: Lengths | None = None
+    """Its length before and after padding; None if it was not padded."""
+    on_end: Callable[[], object] | None = None
+    """Called before the future is done, when the batch takes up no place any more."""
+    future: "Future[Any]" = field(default_factory=Future)
+
+    def __str__(self) -> str:
+        """Its name in messages."""
+        return f"batch {self.batch_idx}"
+
+    def begin(self) -> bool:
+        """Whether it is to be computed, which nobody can cancel from now on."""
+        if self.future.set_running_or_notify_cancel():
+            return True
+        self._end()
+        return False
+
+    def succeed(self, result: Any) -> None:
+        """Give the result to whoever waits for it."""
+        self._end()
+        self.future.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        """Give the error to whoever waits for the result."""
+        self._end()
+        self.future.set_exception(error)
+
+    def cancel(self) -> None:
+        """Do not compute it."""
+        self.future.cancel()
+        self.begin()
+
+    def _end(self) -> None:
+        self.batch = None
+        if self.on_end is not None:
+            self.on_end()
+
+
+class Closable(Protocol):
+    """What `Room` asks of an engine."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be submitted any more."""
+
+    @property
+    def is_this_thread(self) -> bool:
+        """Whether the caller is the thread that makes room."""
+
+
+class Room:
+    """Places for a bounded number of batches. Any thread.
+
+    Args:
+        size: How many there are.
+        when_full: Whether to "wait" for a place, or "raise".
+        engine: Whose places these are.
+    """
+
+    def __init__(self, size: int, when_full: Literal["wait", "raise"], engine: Closable) -> None:
+        self._size = size
+        self._waits = when_full == "wait"
+        self._engine = engine
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    def enter(self) -> None:
+        """Take a place, when there is one.
+
+        Raises:
+            RuntimeError: If the engine is closed, also meanwhile, or this must not wait.
+        """
+        with self._changed:
+            while self._taken >= self._size and not self._engine.closed:
+                if not self._waits or self._engine.is_this_thread:
+                    raise RuntimeError(
+                        f"The pipeline is full: {self._taken} batches were submitted and not computed (`max_pending`)."
+                        f" {_IN_CALLBACK if self._waits else _WHEN_FULL}"
+                    )
+                self._changed.wait()
+            if self._engine.closed:
+                self._changed.notify_all()  # whatever ended it, nobody waits on
+                raise RuntimeError(CLOSED)
+            self._taken += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        with self._changed:
+            self._taken -= 1
+            self._changed.notify()
+
+    def look_again(self) -> None:
+        """Wake who waits, after the engine was closed."""
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,344 @@
+"""Batches that come from many threads: each gets its own result or error, and closing leaves nobody waiting."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
+from tests.helpers import Broken, Net, Rows, assert_equal, running
+
+BROKEN = torch.zeros(1, 3)  # which `Net` cannot take
+
+
+def row(number: int) -> Tensor:
+    return Rows(number + 1).rows[number : number + 1]
+
+
+def expected(number: int) -> Tensor:
+    with torch.inference_mode():
+        return Net().net(row(number))
+
+
+class Gate(nn.Module):
+    """Waits in each call until it is opened, and counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(x[0]))
+        self.entered.set()
+        assert self.opened.wait(60)
+        return x + 1
+
+
+@contextmanager
+def gated(**options: Any) -> Iterator[tuple[Gate, InferencePipeline]]:
+    """A pipeline on the CPU, whose first batch is in the model."""
+    gate = Gate()
+    pipeline = InferencePipeline(gate, "cpu", **options)
+    try:
+        first = pipeline.submit(torch.zeros(1))
+        assert gate.entered.wait(60)
+        yield gate, pipeline
+        gate.opened.set()
+        assert first.result(60) == torch.ones(1)
+    finally:
+        gate.opened.set()
+        pipeline.close()
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"in_flight": 3},
+    {"hpu_graphs": False, "async_output": False},
+    {"pipelining": False},
+    {"postprocess": torch.clone},
+]
+
+
+@pytest.mark.filterwarnings("ignore:A part of `predict_step` runs without an HPU graph")  # for the broken ones
+@pytest.mark.parametrize("flags", CONFIGS, ids=["defaults", "in_flight", "copies", "in order", "postprocess"])
+def test_sixteen_threads_with_errors_in_between(flags: dict[str, Any], device: str) -> None:
+    truth = [expected(number) for number in range(160)]
+
+    def submit(first: int) -> None:
+        numbers = range(first, 160, 16)
+        futures = [pipeline.submit(row(number) if number % 7 else BROKEN) for number in numbers]
+        for number, future in zip(numbers, futures, strict=True):
+            if number % 7:
+                assert_equal(future.result(60), truth[number])
+            else:
+                assert isinstance(future.exception(60), RuntimeError)
+
+    with InferencePipeline(Net().net, config=InferenceConfig(**flags), max_pending=24) as pipeline:
+        with ThreadPoolExecutor(16) as threads:
+            for done in [threads.submit(submit, first) for first in range(16)]:
+                done.result(60)
+        # And `predict` goes on meanwhile, or afterwards.
+        assert_equal(list(pipeline.predict([row(1), row(2)])), truth[1:3])
+    if device == "emulator":
+        assert emulator.stats().off_thread_calls == 0
+
+
+def test_submit_and_predict_at_once(device: str) -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        outputs = pipeline.predict([row(number) for number in range(20)])
+        found = [next(outputs)]
+        future = pipeline.submit(row(30))
+        found += outputs
+        assert_equal(future.result(60), expected(30))
+    assert_equal(found, [expected(number) for number in range(20)])
+
+
+def test_rule_2_the_device_is_called_by_one_thread_which_also_makes_the_model(device: str) -> None:
+    threads: list[threading.Thread] = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net().net
+            threads.append(threading.current_thread())
+
+        def forward(self, x: Tensor) -> Tensor:
+            threads.append(threading.current_thread())
+            return self.net(x)
+
+    config = InferenceConfig(hpu_graphs=False)
+    with InferencePipeline(Watched, config=config) as pipeline, ThreadPoolExecutor(4) as pool:
+        futures = list(pool.map(lambda number: pipeline.submit(row(number)), range(8)))
+        assert_equal([future.result(60) for future in futures], [expected(number) for number in range(8)])
+        assert_equal(list(pipeline.predict([row(1)])), [expected(1)])
+    assert len(threads) == 10
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.main_thread()
+    if device == "emulator":
+        assert emulator.stats().off_thread_calls == 0
+
+
+def test_a_factory_that_fails_fails_the_constructor_and_leaves_no_thread(device: str) -> None:
+    def broken() -> nn.Module:
+        raise Broken("no weights")
+
+    before = running()
+    with pytest.raises(Broken, match="no weights"):
+        InferencePipeline(broken)
+    with pytest.raises(TypeError, match=r"returns one, and it returned dict"):
+        InferencePipeline(dict)  # type: ignore[arg-type]
+    assert running() == before
+
+
+def test_rule_7_memory_may_be_filled_again_after_submit(device: str) -> None:
+    memory = torch.empty(1, 4)
+    with InferencePipeline(Net().net) as pipeline:
+        futures = [pipeline.submit(memory.copy_(row(number))) for number in range(20)]
+        memory.zero_()
+    assert_equal([future.result() for future in futures], [expected(number) for number in range(20)])
+
+
+def test_an_error_while_a_batch_is_prepared_reaches_its_future_only() -> None:
+    config = InferenceConfig(bucket_lengths=[8], pad_spec="tokenizer")
+    with InferencePipeline(Lookup(), "cpu", config) as pipeline:
+        bad, good = pipeline.submit({"x": torch.zeros(1, 3)}), pipeline.submit({"input_ids": torch.ones(1, 3)})
+        with pytest.raises(ValueError, match="The batch has no tensor `input_ids`"):
+            bad.result(60)
+        assert good.result(60) == 3
+
+
+class Lookup(nn.Module):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["input_ids"].sum()
+
+
+# Room
+
+
+def test_a_full_pipeline_raises_if_told_so() -> None:
+    with gated(max_pending=2, when_full="raise") as (gate, pipeline):
+        second = pipeline.submit(torch.ones(1))
+        with pytest.raises(RuntimeError, match=r"full: 2 batches were submitted .*`max_pending`.*`when_full='wait'`"):
+            pipeline.submit(torch.ones(1))
+        gate.opened.set()
+        assert second.result(60) == torch.full((1,), 2.0)
+        assert pipeline.submit(torch.ones(1)).result(60) == torch.full((1,), 2.0)
+
+
+def test_a_full_pipeline_waits_for_room() -> None:
+    with gated(max_pending=2) as (gate, pipeline), ThreadPoolExecutor(1) as pool:
+        pipeline.submit(torch.ones(1))
+        third = pool.submit(pipeline.submit, torch.full((1,), 2.0))
+        assert not wait([third], timeout=0.05).done
+        gate.opened.set()
+        assert third.result(60).result(60) == torch.full((1,), 3.0)
+    assert gate.seen == [0, 1, 2]
+
+
+def test_a_cancelled_batch_is_not_computed_and_gives_its_place_back() -> None:
+    with gated(max_pending=2, when_full="raise") as (gate, pipeline):
+        second = pipeline.submit(torch.ones(1))
+        assert second.cancel()
+        gate.opened.set()
+        with pytest.raises(CancelledError):
+            second.result(60)
+        wait_until_idle(pipeline)
+        pipeline.submit(torch.full((1,), 2.0)).result(60)
+    assert gate.seen == [0, -1, 2]
+
+
+def wait_until_idle(pipeline: InferencePipeline) -> None:
+    """Until all that was submitted has had its turn; `predict` has room of its own."""
+    list(pipeline.predict([torch.full((1,), -1.0)]))
+
+
+def test_a_callback_may_submit_if_there_is_room_and_is_told_if_not() -> None:
+    found: Future[Any] = Future()
+
+    def submit_two(_: Future[Any]) -> None:
+        try:
+            found.set_result(pipeline.submit(torch.ones(1)))
+            pipeline.submit(torch.ones(1))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    errors: list[str] = []
+    gate = Gate()
+    with InferencePipeline(gate, "cpu", max_pending=1) as pipeline:
+        pipeline.submit(torch.zeros(1)).add_done_callback(submit_two)
+        gate.opened.set()
+        assert found.result(60).result(60) == torch.full((1,), 2.0)
+    assert len(errors) == 1
+    assert "submit from another one" in errors[0]
+
+
+# Closing
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_closing_while_submits_wait_leaves_nobody_waiting(cancel: bool) -> None:
+    gate = Gate()
+    pipeline = InferencePipeline(gate, "cpu", max_pending=2)
+    first, second = (pipeline.submit(torch.full((1,), float(number))) for number in range(2))
+    assert gate.entered.wait(60)
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(pipeline.submit, torch.full((1,), 2.0)) for _ in range(4)]
+        assert not wait(waiting, timeout=0.05).done
+        closing = [pool.submit(pipeline.close, cancel=cancel) for _ in range(4)]
+        for future in waiting:
+            assert isinstance(future.exception(60), RuntimeError)
+            assert "closed" in str(future.exception(60))
+        gate.opened.set()
+        for done in closing:
+            done.result(60)
+    assert first.result(60) == torch.ones(1)
+    if cancel:
+        assert second.cancelled()
+        assert gate.seen == [0]
+    else:
+        assert second.result(60) == torch.full((1,), 2.0)
+        assert gate.seen == [0, 1]
+    with pytest.raises(RuntimeError, match="closed: make another one"):
+        pipeline.submit(torch.ones(1))
+    assert pipeline.closed
+    pipeline.close(cancel=True)
+
+
+def test_leaving_with_an_error_cancels_and_without_one_computes(device: str) -> None:
+    with InferencePipeline(Net().net) as pipeline:
+        futures = [pipeline.submit(row(number)) for number in range(30)]
+    assert_equal([future.result(0) for future in futures], [expected(number) for number in range(30)])
+    gate = Gate()
+
+    def leave() -> None:
+        with InferencePipeline(gate, "cpu") as pipeline:
+            futures.extend(pipeline.submit(torch.full((1,), float(number))) for number in range(2))
+            assert gate.entered.wait(60)
+            threading.Timer(0.02, gate.opened.set).start()
+            raise Broken("elsewhere")
+
+    with pytest.raises(Broken):
+        leave()
+    first, second = futures[-2:]
+    assert first.result(60) == torch.ones(1)
+    assert second.cancelled()
+
+
+def test_closing_in_a_callback_ends_the_thread(device: str) -> None:
+    threads = running()
+    pipeline = InferencePipeline(Net().net)
+    closed = threading.Event()
+
+    def close(_: Future[Any]) -> None:
+        pipeline.close()
+        closed.set()
+
+    pipeline.submit(row(1)).add_done_callback(close)
+    assert closed.wait(60)
+    pipeline.close()
+    assert running() == threads
+
+
+def test_closing_gives_up_on_a_model_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_hpu_infer.engine._JOIN_SECONDS", 0.05)
+    with gated() as (_, pipeline), pytest.warns(UserWarning, match="The model did not return within 0.05 s"):
+        pipeline.close(cancel=True)
+
+
+def test_a_pipeline_that_nobody_holds_computes_what_was_submitted_and_ends(device: str) -> None:
+    threads = running()
+    pipeline = InferencePipeline(Net().net)
+    thread = next(each for each in threading.enumerate() if each.name == "hpu-infer-pipeline")
+    futures = [pipeline.submit(row(number)) for number in range(10)]
+    del pipeline
+    assert_equal([future.result(60) for future in futures], [expected(number) for number in range(10)])
+    thread.join(60)
+    assert running() == threads
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), "hpu"])
+def test_python_ends_if_nobody_closes(device: str) -> None:
+    """In a process of its own: what was submitted is computed, and nothing hangs or is killed at work."""
+    script = f"""
+        import torch
+        from torch import nn
+        from lightning_hpu_infer import InferencePipeline, emulator
+        {"emulator.install()" if device == "hpu" else ""}
+        pipeline = InferencePipeline(nn.Identity())
+        assert pipeline.device.type == {device!r}
+        for number in range(30):
+            future = pipeline.submit(torch.full((1,), float(number)))
+            future.add_done_callback(lambda future: print(int(future.result()), flush=True))
+        generator = pipeline.predict(torch.zeros(1) for _ in iter(int, 1))
+        next(generator)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(number) for number in range(30)]
+
+
+# Modes
+
+
+def test_modes_of_a_thread_that_the_pipelines_has_not_are_refused() -> None:
+    with InferencePipeline(Net().net, "cpu") as pipeline:
+        with torch.autocast("cpu"), pytest.raises(RuntimeError, match="Pass `precision='bf16-mixed'`"):
+            pipeline.submit(row(1))
+        with torch.autocast("cpu"), pytest.raises(RuntimeError, match="Pass `precision='bf16-mixed'`"):
+            pipeline.predict([row(1)])
+        assert_equal(pipeline.submit(row(1)).result(60), expected(1))
