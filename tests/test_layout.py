@@ -21,7 +21,7 @@ LAYERS = [
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
     {"batch", "graphs", "in_flight", "observe", "postprocess", "work", "writing"},
-    {"hooks", "step", "source", "doctor"},
+    {"hooks", "samples", "step", "source", "doctor"},
     {"model_step", "prepare"},
     {"engine"},
     {"pipeline"},
