@@ -1,5 +1,5 @@
 # make demo       the main job on a fresh machine: virtual environment, install, run
-# make test       the same environment: lint, types, tests, a smoke test on each supported Lightning, packages
+# make test       the same environment: lint, types, tests, a smoke test on each supported Lightning, packages, the site
 # make full       all tests, the many that are alike included
 # make matrix     the tests on each other Lightning version
 # make oldest     a smoke test on the oldest torch, Lightning and Python, in an environment of its own
@@ -29,7 +29,7 @@ OLDEST_LIGHTNING ?= 2.4.0
 demo: $(STAMP)
 	$(BIN)/python examples/embed_sentences.py
 
-test: lint types unit smoke package
+test: lint types unit smoke package site
 
 # Ruff's rules D417, DOC102, DOC202 and DOC403 compare docstrings with signatures.
 lint: $(STAMP)

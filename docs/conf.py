@@ -116,6 +116,18 @@ def link_to_repository(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", linked, source[0])
 
 
+def link_to_tests(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Let the names of tests, such as `test_loop.py::test_errors`, lead to their lines on GitHub."""
+
+    def linked(match: re.Match[str]) -> str:
+        before, found, _ = (ROOT / "tests" / match[1]).read_text().partition(f"def {match[2]}(")
+        line = len(before.splitlines()) + 1
+        return f"[{match[0]}]({REPOSITORY}/blob/main/tests/{match[1]}#L{line})" if found else match[0]
+
+    source[0] = re.sub(r"`([\w/]+\.py)::(\w+)`", linked, source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", link_to_repository)
+    app.connect("source-read", link_to_tests)

@@ -1,5 +1,6 @@
 """The notebook runs from the first cell to the last, and shows a report and a picture."""
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,8 @@ def shown(cells: list[nbformat.NotebookNode]) -> list[set[str]]:
 
 
 def test_the_notebook_runs_and_shows_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))  # the kernel is another process
+    # The kernel is another process, with the Lightning of this one.
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]), prepend=os.pathsep)
     stored = nbformat.read(NOTEBOOK, as_version=4)
     fresh = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(fresh, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
