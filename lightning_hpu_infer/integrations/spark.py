@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -113,8 +114,8 @@ def predict_function(
     Args:
         factory: As `arrow_predictor`'s.
         batch_size: Rows of a batch for the module, 1 or more.
-        preprocess: Turns one array for each column of the UDF, `(rows, ...)`, into a batch for the module. By default
-            the tensor of one column, or a list of those of several.
+        preprocess: Turns arrays, `(rows, ...)`, into a batch for the module. Spark looks at its parameters: with one it
+            gives all columns of the UDF in one array, with several an array for each. By default the array as a tensor.
         config: As `arrow_predictor`'s. Outputs are tensors or dicts of them, unless `postprocess` makes arrays.
 
     Returns:
@@ -125,11 +126,13 @@ def predict_function(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
-    return partial(_load, _Model(uuid4().hex, factory, config), batch_size, preprocess or _tensors_of)
+    return partial(_load, _Model(uuid4().hex, factory, config), batch_size, preprocess or as_tensor)
 
 
 def _load(model: _Model, batch_size: int, preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(_predict_arrays, model.pipeline(), batch_size, preprocess)
+    predict = partial(_predict_arrays, model.pipeline(), batch_size, preprocess)
+    predict.__signature__ = signature(preprocess)  # type: ignore[attr-defined]
+    return predict
 
 
 def _predict_arrays(
@@ -141,8 +144,3 @@ def _predict_arrays(
     if isinstance(outputs[0], Mapping):
         return {name: np.concatenate([as_array(output[name]) for output in outputs]) for name in outputs[0]}
     return np.concatenate([as_array(output) for output in outputs])
-
-
-def _tensors_of(*columns: "np.ndarray[Any, Any]") -> Any:
-    found = [as_tensor(column) for column in columns]
-    return found[0] if len(found) == 1 else found

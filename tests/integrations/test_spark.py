@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def test_partitions_come_back_with_predictions_and_share_a_model(
 
 def test_a_function_of_arrays() -> None:
     predict = pickle.loads(pickle.dumps(predict_function(network, batch_size=4)))()
+    assert len(signature(predict).parameters) == 1
     found = predict(Rows(11).rows.numpy())
     assert found.dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(found), expected(11))
@@ -94,6 +96,7 @@ def first_two(a: Any, b: Any) -> Any:
 def test_a_function_of_several_columns_and_outputs() -> None:
     config = InferenceConfig(postprocess=lambda output: {"score": output[:, 0], "all": output.bfloat16()})
     predict = predict_function(network, batch_size=4, preprocess=first_two, config=config)()
+    assert list(signature(predict).parameters) == ["a", "b"]  # by which Spark knows how to call it
     columns = Rows(9, 2).rows.numpy()
     found = predict(columns[:, 0], columns[:, 1])
     with torch.inference_mode():

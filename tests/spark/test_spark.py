@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from lightning_hpu_infer.integrations.spark import arrow_predictor, predict_function
 from tests.helpers import Net, Rows
 
+# Spark 4.3 warns of pandas 3, and of more that it does itself.
+pytestmark = pytest.mark.filterwarnings("default")
+
 ROWS = 103
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +40,10 @@ class Columns(nn.Module):
 
 def network() -> nn.Module:
     return Net().net
+
+
+def stacked(a: Any, b: Any, c: Any, d: Any) -> Tensor:
+    return torch.from_numpy(np.stack([a, b, c, d], 1))
 
 
 def dying(mark: Path, batch: Any) -> dict[str, Tensor]:
@@ -80,17 +87,27 @@ def test_a_worker_that_dies_is_replaced_and_each_row_is_written_once(frame: Any,
 
 def test_predict_batch_udf(frame: Any) -> None:
     from pyspark.ml.functions import predict_batch_udf
+    from pyspark.sql.types import ArrayType, FloatType
 
     score = predict_batch_udf(
         predict_function(network, batch_size=4),
-        return_type="array<float>",
+        return_type=ArrayType(FloatType()),
         batch_size=12,
         input_tensor_shapes=[[4]],
     )
     check(frame.withColumn("prediction", score("x")).collect())
 
+    parts = frame.selectExpr("id", "x[0] a", "x[1] b", "x[2] c", "x[3] d")
+    score = predict_batch_udf(
+        predict_function(network, batch_size=4, preprocess=stacked), return_type=ArrayType(FloatType()), batch_size=12
+    )
+    check(parts.withColumn("prediction", score("a", "b", "c", "d")).collect())
 
-def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path) -> None:
+
+@pytest.mark.timeout(300)
+def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     from examples.embed_sentences import SentenceEmbedder, embed, loader_of
 
     command = [
@@ -103,7 +120,7 @@ def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path) -> 
         "--out",
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     table = pyarrow.parquet.read_table(tmp_path / "out")
     expected, _ = embed("cpu", SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
