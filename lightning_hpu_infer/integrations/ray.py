@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.integrations.lane import Lane
 from lightning_hpu_infer.integrations.tables import Table, beside, pieces, tensors
 from lightning_hpu_infer.pipeline import InferencePipeline
 
@@ -32,8 +31,9 @@ class Predictor:
     concurrent calls. Results come in the order of the rows. The rows come back in the format in which they came.
 
     Args:
-        factory: Makes the module, which takes a batch and returns tensors. Called once per actor, in the thread that
-            has the device. It is pickled, so it should load weights rather than hold them.
+        factory: Makes the module, which takes a batch and returns tensors, or a LightningModule with a `predict_step`.
+            Called once per actor, in the thread that has the device. It is pickled, so it should load weights rather
+            than hold them.
         batch_size: Rows of a batch for the module, 1 or more. None takes all rows of a call.
         preprocess: Turns rows into a batch for the module, such as a tokenizer; by default columns of numbers become a
             dict of tensors, and all others lists. Runs beside the device, in two threads at once by `predict_dataset`.
@@ -61,7 +61,9 @@ class Predictor:
         self._batch_size = batch_size
         self._preprocess = preprocess or tensors
         self._columns = columns
-        self._lane = Lane(lambda: InferencePipeline(factory(), device, config, max_pending=_PENDING), "predictor")
+        self._pipeline = InferencePipeline(factory, device, config)
+        kind = self._pipeline.device.type
+        self._ahead = self._pipeline.config.in_flight_depth(kind) + max(1, self._pipeline.config.prefetch_depth(kind))
 
     def __call__(self, table: Table) -> Iterator[Table]:
         """The rows with predictions, in pieces of `batch_size`, while later ones are computed.
@@ -69,28 +71,20 @@ class Predictor:
         Raises:
             ValueError: If a prediction has not one entry per row, or a column's name is missing or taken.
         """
-        launched: deque[tuple[Table, Future[Any]]] = deque()
+        submitted: deque[tuple[Table, Future[Any]]] = deque()
         for piece in pieces(table, self._batch_size):
-            launched.append((piece, self._lane.submit(self._preprocess(piece))))
-            if len(launched) > _AHEAD:
-                yield self._result(*launched.popleft())
-        while launched:
-            yield self._result(*launched.popleft())
+            submitted.append((piece, self._pipeline.submit(self._preprocess(piece))))
+            if len(submitted) > self._ahead:
+                yield self._result(*submitted.popleft())
+        while submitted:
+            yield self._result(*submitted.popleft())
 
     def close(self) -> None:
         """Finish what was begun and give the device back. Ray need not call it: it drops the object at the end."""
-        self._lane.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lane"):
-            self.close()
+        self._pipeline.close()
 
     def _result(self, piece: Table, output: "Future[Any]") -> Table:
         return beside(piece, output.result(), self._columns)
-
-
-_AHEAD = 4
-_PENDING = 64
 
 
 def predict_dataset(

@@ -39,7 +39,7 @@ class _Model:
             if _loaded is not None:
                 _loaded[1].close()
                 _loaded = None
-            _loaded = self.key, InferencePipeline(self.factory(), config=self.config)
+            _loaded = self.key, InferencePipeline(self.factory, config=self.config)
         return _loaded[1]
 
 
@@ -57,8 +57,8 @@ def arrow_predictor(
     lists: `df.mapInArrow(arrow_predictor(factory), "id long, prediction array<float>")`.
 
     Args:
-        factory: Makes the module, which takes a batch and returns tensors. Called once per Python worker. It is
-            pickled, so it should load weights rather than hold them.
+        factory: Makes the module, which takes a batch and returns tensors, or a LightningModule with a `predict_step`.
+            Called once per Python worker. It is pickled, so it should load weights rather than hold them.
         batch_size: Rows of a batch for the module, 1 or more. None takes those of Spark's batches
             (`spark.sql.execution.arrow.maxRecordsPerBatch`).
         preprocess: Turns rows into a batch for the module, such as a tokenizer; by default columns of numbers become a

@@ -63,7 +63,7 @@ def test_rule_2_calls_at_once_share_one_thread_of_the_device(emulated: None) -> 
         for found in threads.map(lambda length: list(predictor(table_of(length))), [9, 10, 11, 12, 13, 14]):
             check(found, sum(len(piece["id"]) for piece in found))
     predictor.close()
-    assert made == ["predictor"]
+    assert len(made) == 1
     assert emulator.stats().off_thread_calls == 0
 
 
