@@ -1,6 +1,8 @@
 """Fast `trainer.predict` on Intel Gaudi (HPU) for PyTorch Lightning."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from lightning_hpu_infer import accelerator as _accelerator
 from lightning_hpu_infer import strategies as _strategies
@@ -21,7 +23,21 @@ __all__ = [
     "Pad",
     "PadSpec",
     "__version__",
+    "iter_predictions",
+    "read_predictions",
 ]
+
+if TYPE_CHECKING:
+    from lightning_hpu_infer.writing.read import iter_predictions, read_predictions
+else:
+    # What needs pyarrow, which is optional, is imported when it is asked for.
+    _WRITING = {"iter_predictions": "writing.read", "read_predictions": "writing.read"}
+
+    def __getattr__(name):
+        if name in _WRITING:
+            return getattr(import_module(f"{__name__}.{_WRITING[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 _accelerator.register()
 _strategies.register()

@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--contract", type=Path, metavar="FOLDER", help="run these tests of the bridge too (pytest)")
     command.add_argument("--output", type=Path, metavar="FILE", help="default: lightning_hpu_infer-verify-DATE.json")
     command.set_defaults(run=_verify)
+    command = commands.add_parser(
+        "predictions", help="what is in a folder of predictions; exit code 1 if it is incomplete or broken"
+    )
+    command.add_argument("path", metavar="PATH", help="local folder or URI that a PredictionWriter was given")
+    command.add_argument("--verify", action="store_true", help="read all files and compare their checksums")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_predictions)
     return parser
 
 
@@ -124,6 +131,14 @@ def _verify(options: argparse.Namespace) -> int:
     Console().print(render_verify(report))
     Console(soft_wrap=True).print(f"All of it is in {output}. {_ATTACH}", markup=False, highlight=False)
     return _INTERRUPTED if report.interrupted else report.exit_code
+
+
+def _predictions(options: argparse.Namespace) -> int:
+    from lightning_hpu_infer.writing.describe import describe  # needs pyarrow, which is optional
+
+    description = describe(options.path, verify=options.verify)
+    sys.stdout.write(f"{description.to_json() if options.json else description}\n")
+    return 0 if description.sound else 1
 
 
 def _say(result: Result) -> None:

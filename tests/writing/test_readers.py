@@ -1,0 +1,95 @@
+"""The plain files open in what people read Parquet with, while a run is under way too."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import pandas
+import polars
+import pyarrow.dataset
+import pytest
+import torch
+
+from lightning_hpu_infer.writing.columns import Columns
+from tests.writing.runs import opened
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two ranks' files with all kinds of columns, and temporary ones of a run that goes on."""
+    path = tmp_path_factory.mktemp("predictions")
+    under_way = []
+    for rank in range(2):
+        run = opened(path, rank, 2)
+        shards, columns = run.shards(rows_per_file=2), Columns()
+        for start in range(rank * 2, 8, 4):
+            index = [start, start + 1]
+            prediction = {
+                "half": torch.tensor(index).half(),
+                "brain": torch.tensor(index).bfloat16(),
+                "unsigned": torch.tensor(index).to(torch.uint64),
+                "truth": torch.tensor(index) > 2,
+                "vector": torch.tensor(index)[:, None].expand(2, 3).float(),
+                "matrix": torch.tensor(index)[:, None, None].expand(2, 2, 2).half(),
+                "ragged": [torch.ones(i) for i in index],
+                "words": [["a"] * i for i in index],
+                "text": [None if i == 1 else str(i) for i in index],
+                "pair": {"x": torch.tensor(index), "y": ["y"] * 2},
+                "boxes": [[{"label": "cat", "box": torch.ones(4)}] * i for i in index],
+            }
+            shards.write(columns.batch(prediction, 2, index, 0))
+        # Files of 2 rows are committed at once. A batch of no rows begins one that is not.
+        shards.write(columns.batch(prediction, 2, index, 0).slice(0, 0))
+        under_way.append(shards)
+        run.release()
+    assert len(list(path.rglob(".part-*.tmp"))) == 2
+    yield path
+    for shards in under_way:
+        shards.abort()
+
+
+INDICES = list(range(8))
+TEXT = ["0", None, *map(str, range(2, 8))]
+
+
+def test_pandas(path: Path) -> None:
+    """Of the folder itself, whose manifests and temporary files it passes over."""
+    frame = pandas.read_parquet(path).sort_values("index")
+    assert frame["index"].tolist() == INDICES
+    assert [text if isinstance(text, str) else None for text in frame["text"]] == TEXT
+    assert [list(vector) for vector in frame["vector"]] == [[i] * 3 for i in INDICES]
+    assert frame["half"].tolist() == INDICES
+
+
+def test_arrows_datasets(path: Path) -> None:
+    table = pyarrow.dataset.dataset(path).to_table().sort_by("index")
+    assert table["index"].to_pylist() == INDICES
+    assert table["matrix"].combine_chunks().to_numpy_ndarray().shape == (8, 2, 2)
+
+
+def test_polars(path: Path) -> None:
+    frame = polars.read_parquet(path / "**" / "*.parquet").sort("index")
+    assert frame["index"].to_list() == INDICES
+    assert frame["text"].to_list() == TEXT
+    assert frame["half"].to_list() == INDICES
+    assert [list(vector) for vector in frame["vector"].to_list()] == [[i] * 3 for i in INDICES]
+    assert [len(boxes) for boxes in frame["boxes"].to_list()] == INDICES
+    assert frame["pair"].to_list()[3] == {"x": 3, "y": "y"}
+
+
+def test_duckdb(path: Path) -> None:
+    files = f"read_parquet('{path}/**/*.parquet')"
+    found = duckdb.sql(f"select index, text, vector, half, len(ragged), pair.x from {files} order by index")
+    assert found is not None
+    rows = found.fetchall()
+    assert [row[0] for row in rows] == INDICES
+    assert [row[1] for row in rows] == TEXT
+    assert [list(row[2]) for row in rows] == [[i] * 3 for i in INDICES]
+    assert [row[3:] for row in rows] == [(i, i, i) for i in INDICES]
+
+
+@pytest.mark.full
+def test_huggingface_datasets(path: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="it is no dependency, as it is large")
+    loaded = datasets.load_dataset("parquet", data_files=f"{path}/**/*.parquet", cache_dir=str(tmp_path))["train"]
+    assert sorted(loaded["index"]) == INDICES
