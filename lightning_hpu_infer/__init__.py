@@ -1,6 +1,7 @@
 """Fast `trainer.predict` on Intel Gaudi (HPU) for PyTorch Lightning."""
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ else:
     def __getattr__(name):
         if name in _WRITING:
             return getattr(import_module(f"{__name__}.{_WRITING[name]}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return object.__getattribute__(sys.modules[__name__], name)
 
 
 _accelerator.register()

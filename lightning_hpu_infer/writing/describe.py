@@ -69,7 +69,8 @@ class Description:
         lines = [f"{self.path}: {state}, {self.rows} rows"]
         for rank in self.ranks:
             state = "complete" if rank.complete else "incomplete"
-            lines.append(f"rank {rank.rank}: {state}, {rank.rows} rows in {rank.files} files, {rank.bytes} bytes")
+            files = "1 file" if rank.files == 1 else f"{rank.files} files"
+            lines.append(f"rank {rank.rank}: {state}, {rank.rows} rows in {files}, {rank.bytes} bytes")
         for loader, ranges in (self.missing or {}).items():
             if ranges:
                 shown = [f"{start}-{stop - 1}" if stop - start > 1 else str(start) for start, stop in ranges[:_SHOWN]]
