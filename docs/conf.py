@@ -127,7 +127,14 @@ def link_to_tests(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = re.sub(r"`([\w/]+\.py)::(\w+)`", linked, source[0])
 
 
+def keep_colons(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Let napoleon not take what stands before a colon in an attribute's text for its type."""
+    if what in ("attribute", "data", "property") and lines:
+        lines[0] = f": {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # before napoleon
     app.connect("source-read", link_to_repository)
     app.connect("source-read", link_to_tests)

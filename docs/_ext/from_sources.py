@@ -50,7 +50,7 @@ class Commands(FromSources):
         (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
         lines: list[str] = []
         for name, command in commands.choices.items():
-            command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=100)
+            command.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=86)
             lines += [f"## {name}", "", "```text", command.format_help().rstrip(), "```", ""]
         return lines
 
