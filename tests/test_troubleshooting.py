@@ -11,7 +11,8 @@ from lightning_hpu_infer.links import explained
 PACKAGE = Path(lightning_hpu_infer.__file__).parent
 PAGE = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
 SAYING = {"rank_zero_warn", "rank_zero_info", "warn", "add_note", "say"}
-STOCK = "predict returned None if it was on purpose"  # as stock Lightning says it
+# As stock Lightning says it, and Python.
+STOCK = ("predict returned None if it was on purpose", "module … has no attribute …")
 ANY = "…"
 # What is said there is said to those who develop the emulator, or by a command that explains itself.
 ELSEWHERE = ("emulator/", "verify/", "cli.py", "doctor.py", "facts.py")
