@@ -12,6 +12,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.lengths.pad import Pad, PadSpec
 from lightning_hpu_infer.pipeline import InferencePipeline
 from lightning_hpu_infer.strategies import HPUInferenceDDPStrategy, HPUInferenceStrategy
+from lightning_hpu_infer.writing.callback import PredictionWriter
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "InferencePipeline",
     "Pad",
     "PadSpec",
+    "PredictionWriter",
     "__version__",
     "iter_predictions",
     "read_predictions",

@@ -25,6 +25,7 @@ __all__ = [
     "check_flags",
     "choose_strategy",
     "datahook_owner",
+    "forget_indices",
     "has_stock_transfer",
     "init_dist_connection",
     "is_compiled",
@@ -81,6 +82,13 @@ def with_fx_name(module: LightningModule, name: str, hook: Callable[..., Any]) -
 def users_batch_sampler(sampler: object) -> Any:
     """The batch sampler inside of the one that Lightning puts into a dataloader for prediction; None without one."""
     return sampler._batch_sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else None
+
+
+def forget_indices(loader: object, batch_idx: int) -> None:
+    """Let a dataloader forget which samples a batch has, of which it notes every one."""
+    sampler = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, _IndexBatchSamplerWrapper):
+        sampler.seen_batch_indices[batch_idx] = []
 
 
 def set_batch_sampler(sampler: _IndexBatchSamplerWrapper, batches: Any) -> None:

@@ -28,6 +28,7 @@ from lightning_hpu_infer.source import host_batches, is_of_device, warmed_up
 from lightning_hpu_infer.step import sets_default_dtype, step_on_device
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
+from lightning_hpu_infer.writing.callback import begin_writing
 
 T = TypeVar("T")
 
@@ -89,15 +90,15 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     @no_grad_context
     def _run(self, trace: Observer) -> Any:
+        self._observer, self._tuner = trace, None
         self.setup_data()
         if self.skip:
             return None
         self.reset()
         self.on_run_start()
         if self._graphs is not None:
-            self._graphs.expect(sum(self.max_batches))
+            self._graphs.expect(sum(self._samples.max_batches))
         depth = self._prefetch_depth()
-        self._observer, self._tuner = trace, None
         self._hooks = BatchHooks(self.trainer, threaded=depth > 0, observer=trace)
         self._async_outputs = AsyncOutputs() if self.config.async_output else None
         self._in_flight = InFlight(self._launch, self.config.in_flight_depth(self.trainer.strategy.root_device.type))
@@ -191,7 +192,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         data = hooks.to_device(batch.data, dataloader_idx)
         batch.data = None
         progress.increment_ready()
-        any_on_epoch = hooks.reads_indices and self._store_data_for_prediction_writer(batch.batch_idx, dataloader_idx)
+        any_on_epoch = hooks.reads_indices and self._samples.noted(self._store_data_for_prediction_writer, batch)
         batch.wanted = self._return_predictions or any_on_epoch
         batch.sample_indices = self.current_batch_indices
         batch.hook_args = (data, *self._indices(batch))
@@ -262,15 +263,15 @@ class PipelinedPredictionLoop(PredictionLoop):
         super().setup_data()
         if self.skip:
             return
-        by = self.config.group_by_length
-        self._samples = Samples(self._combined_loader.flattened, self.max_batches, by)
-        self.max_batches = self._samples.max_batches
+        by, loaders = self.config.group_by_length, self._combined_loader.flattened
+        self._samples = Samples(loaders, self.max_batches, by, begin_writing(self.trainer, loaders, self._observer))
         if by is not None and self._graphs is not None and not self._buckets.pads:
             rank_zero_info(GRAPH_PER_LENGTH)
         self._buckets.start(self._samples.longest)
 
     def reset(self) -> None:
         """Begin a run."""
+        self.max_batches = self._samples.max_batches
         super().reset()
         self.max_batches = self._samples.totals  # which progress bars show
         # Stock Lightning's loop only appends to each of them.

@@ -21,6 +21,7 @@ class Lane(str, Enum):
     D2H = "copy to host"
     POSTPROCESS = "post-processing"
     """Threads or processes, several at once."""
+    WRITER = "writer thread"
 
 
 class Stage(str, Enum):
@@ -53,12 +54,20 @@ class Stage(str, Enum):
     """The user's function on one output: on lane `POSTPROCESS`, or in place on lane `MAIN`."""
     WAIT_POSTPROCESS = "wait for postprocess"
     """The main thread waits until the oldest output is post-processed."""
+    WRITE = "write"
+    """`PredictionWriter`'s thread turns a prediction into Arrow's form and writes it, on lane `WRITER`."""
+    WAIT_WRITER = "wait for writer"
+    """The main thread waits until there is room in the writer's queue. Inside of `END_HOOKS`."""
     DEVICE = "compute"
     """A program of the device, on lane `DEVICE`."""
     COMPILE = "compile"
     """Compilation of a new program, on lane `DEVICE`."""
     H2D = "copy to device"
     D2H = "copy to host"
+
+
+WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS, Stage.WAIT_WRITER)
+"""Stages in which the main thread does nothing."""
 
 
 class Observer:

@@ -1,6 +1,6 @@
 """Which samples a run predicts, and in which order: those that are not written yet, by length if asked for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from math import ceil, inf
 from typing import Any
@@ -10,8 +10,10 @@ import numpy.typing as npt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler
 
-from lightning_hpu_infer._lightning import set_batch_sampler, users_batch_sampler
+from lightning_hpu_infer._lightning import forget_indices, set_batch_sampler, users_batch_sampler
+from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.order import GroupBy, Reordered
+from lightning_hpu_infer.nested import tensors_in
 
 Done = Mapping[int, npt.NDArray[np.int64]]
 """Per dataloader, the dataset's indices of samples whose predictions are kept elsewhere."""
@@ -30,8 +32,8 @@ class Samples:
         max_batches: Batches that the run would take of each.
         by: What tells a sample's length, if batches are made in order of length.
         done: Samples to leave out. They are not loaded.
-        skipped: Per dataloader whose samples have no indices, the batches to leave out at its beginning. They are
-            loaded, and dropped.
+            For a dataloader whose samples have no indices, as many are left out at its beginning as there are; they
+            are loaded, and dropped.
 
     Raises:
         MisconfigurationException: If a sampler yields a sample several times and some are to be left out, or if batches
@@ -46,14 +48,16 @@ class Samples:
         max_batches: Sequence[float],
         by: GroupBy | None = None,
         done: Done | None = None,
-        skipped: Mapping[int, int] | None = None,
     ) -> None:
+        self._loaders = loaders
         self.max_batches = list(max_batches)
         """Batches that the run takes of each dataloader."""
         self.totals = self.max_batches
         """Those, and the batches that are left out."""
-        self._skipped = skipped or {}
-        if done is not None:
+        self._skipped: dict[int, int] = {}
+        if done:
+            streams = [number for number, loader in enumerate(loaders) if not has_indices(loader)]
+            self._skipped = {number: len(done[number]) for number in streams if len(done.get(number, ()))}
             left = [
                 _without(loader, batches, done.get(number, np.empty(0, np.int64)))
                 for number, (loader, batches) in enumerate(zip(loaders, max_batches, strict=True))
@@ -84,9 +88,25 @@ class Samples:
         """The dataset's indices of the samples of each prediction of `predictions`."""
         return [loader.batch_indices() for loader in self._reordered]
 
+    def noted(self, note: Callable[[int, int], bool], batch: Batch) -> bool:
+        """Call what notes the indices of a batch for writers, and have Lightning forget them: it would keep all."""
+        found = note(batch.batch_idx, batch.dataloader_idx)
+        forget_indices(self._loaders[batch.dataloader_idx], batch.batch_idx)
+        return found
+
     def without_skipped(self, fetcher: Any) -> Any:
-        """A data fetcher that drops the batches that are left out at the beginning of dataloaders."""
+        """A data fetcher that drops what is left out at the beginning of dataloaders without indices."""
         return _Skipping(fetcher, self._skipped) if self._skipped else fetcher
+
+
+def rows_of(batch: Any) -> int | None:
+    """Samples in a batch whose dataloader does not tell: those of its first tensor, or else of its first list."""
+    tensor = next((tensor for tensor in tensors_in(batch) if tensor.dim()), None)
+    if tensor is not None:
+        return int(tensor.shape[0])
+    if isinstance(batch, Mapping):
+        batch = next(iter(batch.values()), None)
+    return len(batch) if isinstance(batch, list | tuple | np.ndarray) else None
 
 
 def has_indices(loader: object) -> bool:
@@ -124,11 +144,11 @@ def _not_done(samples: Sequence[int], done: npt.NDArray[np.int64]) -> list[bool]
 
 
 class _Skipping:
-    """A data fetcher without the first batches of dataloaders."""
+    """A data fetcher without the first samples of dataloaders."""
 
     def __init__(self, fetcher: Any, skipped: Mapping[int, int]) -> None:
         self._fetcher = fetcher
-        self._skipped = skipped
+        self._left = dict(skipped)
 
     @property
     def done(self) -> bool:
@@ -140,6 +160,15 @@ class _Skipping:
     def __next__(self) -> Any:
         while True:
             item = next(self._fetcher)
-            _, batch_idx, dataloader_idx = item
-            if batch_idx >= self._skipped.get(dataloader_idx, 0):
+            batch, batch_idx, dataloader_idx = item
+            left = self._left.get(dataloader_idx, 0)
+            if not left:
                 return item
+            rows = rows_of(batch)
+            if rows is None or rows > left:
+                raise MisconfigurationException(
+                    f"Batch {batch_idx} of dataloader {dataloader_idx} has {rows} samples, of which {left} are written"
+                    " already: its dataset does not yield the batches of the earlier run. Predict into another folder,"
+                    " or pass `overwrite=True`."
+                )
+            self._left[dataloader_idx] = left - rows

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observe.report import Report, Verdict, label_of
-from lightning_hpu_infer.observer import Lane, Stage
+from lightning_hpu_infer.observer import WAITS, Lane, Stage
 
 _MAX_DEPTH = 1024  # of `prefetch` and of `in_flight`
 _SUPPLY = (Stage.FETCH, Stage.PREPARE, Stage.PIN)
@@ -13,7 +13,7 @@ _HOOKS: dict[Stage | None, str] = {
     Stage.PREPARE: "`on_before_batch_transfer`",
     Stage.COPY_IN: "`transfer_batch_to_device` and `on_after_batch_transfer`",
 }
-_WAITS = (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS, Stage.COPY_OUT, Stage.COMPILE)
+_WAITS = (*WAITS, Stage.COPY_OUT, Stage.COMPILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +140,14 @@ class _Advice:
         if stage == Stage.WAIT_POSTPROCESS:
             gil = "`postprocess_backend='process'` if `postprocess` is Python code, of which threads run one at a time"
             return f"Raise `postprocess_workers`; or pass {gil}; or make it cheaper."
+        if stage in (Stage.WRITE, Stage.WAIT_WRITER):
+            return (
+                "Write less (`columns` of `PredictionWriter`, half precision), with a cheap codec or to a faster disk."
+            )
         if on is not None:
             if not on.pipelining:
                 return "Pass `pipelining=True`: outputs are copied, and end hooks run, while the device computes."
-            depth = on.in_flight_depth("hpu")
-            if depth == 0:
+            if (depth := on.in_flight_depth("hpu")) == 0:
                 return "Pass `in_flight=1`: an output is then copied while the device works on the next batch."
             if stage == Stage.END_HOOKS and not on.defer_hooks:
                 return "Pass `defer_hooks=True`: end hooks then run once the output has arrived, without waiting."
@@ -169,8 +172,7 @@ class _Advice:
         )
 
     def on_device(self) -> str:
-        waste = self._report.counters.padding_waste
-        if waste > 0.2:
+        if (waste := self._report.counters.padding_waste) > 0.2:
             return (
                 f"The device is the limit, and {waste:.0%} of its input is padding: predict samples of similar length"
                 " together (`group_by_length`), or give `bucket_lengths` more steps."

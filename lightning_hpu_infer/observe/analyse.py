@@ -10,12 +10,12 @@ from lightning_hpu_infer.observe.advice import Setup, advise
 from lightning_hpu_infer.observe.gaps import LaneTimes
 from lightning_hpu_infer.observe.report import Cause, Counters, DeviceTime, Report, Severity, StageTime, Verdict
 from lightning_hpu_infer.observe.spans import Span
-from lightning_hpu_infer.observer import Lane, Stage
+from lightning_hpu_infer.observer import WAITS, Lane, Stage
 
 # Shares of the device's time from which a limit is moderate, and high: those of TensorFlow's profiler.
 _THRESHOLDS = {Verdict.INPUT: (0.05, 0.20), Verdict.LAUNCH: (0.03, 0.15), Verdict.OUTPUT: (0.05, 0.20)}
 _INPUT = (Stage.FETCH, Stage.PREPARE, Stage.PIN, Stage.WAIT_INPUT, Stage.COPY_IN, Stage.H2D)
-_OUTPUT = (Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H, Stage.POSTPROCESS, Stage.WAIT_POSTPROCESS)
+_OUTPUT = {Stage.WAIT_OUTPUT, Stage.COPY_OUT, Stage.END_HOOKS, Stage.D2H, Stage.POSTPROCESS, Stage.WRITE, *WAITS[2:]}
 
 
 def analyse(

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from lightning_hpu_infer.observe.spans import Span
-from lightning_hpu_infer.observer import Lane, Stage
+from lightning_hpu_infer.observer import WAITS, Lane, Stage
 
 _SATURATED = 0.9  # share of the time from which a lane that works is the one that all others wait for
 
@@ -22,6 +22,7 @@ class State(NamedTuple):
     device: Stage | None
     d2h: Stage | None
     postprocess: Stage | None
+    writer: Stage | None
 
     @property
     def computing(self) -> bool:
@@ -30,9 +31,8 @@ class State(NamedTuple):
 
     def working(self) -> list[Lane]:
         """The lanes that neither wait nor do nothing."""
-        waits = [None, Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS, Stage.COMPILE]
-        if self.computing:
-            waits.append(Stage.COPY_OUT)  # a blocking copy of a result waits for the device first
+        # A blocking copy of a result waits for the device first.
+        waits = [None, *WAITS, Stage.COMPILE, *[Stage.COPY_OUT] * self.computing]
         # That one worker works says nothing of the others: the lane is full when the main thread waits for it.
         lanes = zip(Lane, self, strict=True)
         return [lane for lane, stage in lanes if stage not in waits and lane != Lane.POSTPROCESS]

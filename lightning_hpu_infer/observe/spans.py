@@ -12,7 +12,7 @@ from lightning_hpu_infer.observer import Lane, Observer, Stage
 
 T = TypeVar("T")
 
-HOST_LANES = (Lane.PREFETCH, Lane.MAIN, Lane.POSTPROCESS)
+HOST_LANES = (Lane.PREFETCH, Lane.MAIN, Lane.POSTPROCESS, Lane.WRITER)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning_hpu_infer.observe.gaps import Piece, device_gaps
 from lightning_hpu_infer.observe.report import label_of
 from lightning_hpu_infer.observe.spans import Span, in_rows
-from lightning_hpu_infer.observer import Lane, Stage
+from lightning_hpu_infer.observer import WAITS, Lane, Stage
 
 _BATCHES_SHOWN = 6
 _SPANS_SHOWN = 200  # where spans belong to no batch
@@ -102,7 +102,7 @@ def _rows(spans: Iterable[Span]) -> dict[tuple[Lane, int], list[_Box]]:
 
 def _box(span: Span) -> _Box:
     name, number = span.stage.value, "" if span.batch is None else f"{span.batch}"
-    if span.stage in (Stage.WAIT_INPUT, Stage.WAIT_OUTPUT, Stage.WAIT_POSTPROCESS):
+    if span.stage in WAITS:
         return _Box(span.start, span.end, [name, "wait"], "white")
     colour = _NO_BATCH if span.batch is None else _COLOURS[span.batch % len(_COLOURS)]
     words = [number]  # the device's lanes tell the stage, and colours the batch
