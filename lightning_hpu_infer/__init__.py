@@ -12,6 +12,7 @@ from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.lengths.pad import Pad, PadSpec
 from lightning_hpu_infer.pipeline import InferencePipeline
 from lightning_hpu_infer.strategies import HPUInferenceDDPStrategy, HPUInferenceStrategy
+from lightning_hpu_infer.streaming import stream
 from lightning_hpu_infer.writing.callback import PredictionWriter
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "iter_predictions",
     "read_predictions",
+    "stream",
 ]
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from lightning.pytorch.loops.prediction_loop import _PredictionLoop as Predictio
 from lightning.pytorch.loops.utilities import _no_grad_context as no_grad_context
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.profilers.pytorch import RegisterRecordFunction
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "no_grad_context",
     "pair_strategy",
     "set_batch_sampler",
+    "starts_processes",
     "users_batch_sampler",
     "wants_several_processes",
     "with_fx_name",
@@ -104,6 +106,11 @@ def is_compiled(module: LightningModule) -> bool:
 def is_profilers_hook(hook: object) -> bool:
     """Whether a module's hook is `PyTorchProfiler`'s, which labels what the module runs and changes nothing."""
     return isinstance(getattr(getattr(hook, "func", None), "__self__", None), RegisterRecordFunction)
+
+
+def starts_processes(strategy: object) -> bool:
+    """Whether a strategy runs the Trainer's functions in processes that it starts, not in this one."""
+    return isinstance(getattr(strategy, "launcher", None), _MultiProcessingLauncher)
 
 
 def wants_several_processes(connector: Any) -> bool:

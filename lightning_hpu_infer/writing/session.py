@@ -1,0 +1,184 @@
+"""One run's writing: what is done already, each batch on its way to the thread, and the end."""
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from lightning_hpu_infer.nested import size_of
+from lightning_hpu_infer.observer import Lane, Observer, Stage
+from lightning_hpu_infer.ownership import owned
+from lightning_hpu_infer.samples import Done, has_indices, rows_of
+from lightning_hpu_infer.transfer import to_host
+from lightning_hpu_infer.writing.background import Background
+from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.fingerprint import fingerprint_of
+from lightning_hpu_infer.writing.opening import open_path
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What the thread writes: one batch's prediction, which nobody else has."""
+
+    prediction: Any
+    index: Indices
+    keep: npt.NDArray[np.bool_] | None
+    """Which samples are not committed by an earlier run; None for all."""
+    dataloader_idx: int
+    ids: Any
+    where: str
+    batch: int
+
+
+class Session:
+    """Writes the predictions of one run on one rank. Main thread only, but for the thread that it starts.
+
+    Args:
+        writer: A `PredictionWriter`, with its options.
+        trainer: Whose run begins. Its module has the weights that it predicts with.
+        loaders: Its dataloaders, as Lightning has made them for prediction.
+        skips: Whether the loop leaves out the samples that are done.
+        observer: Is told when the thread writes.
+
+    Raises:
+        FileExistsError: If the folder holds something else; or predictions, and the writer does not resume.
+        RuntimeError: If another run writes to it.
+        ValueError: If the predictions that are there were made with other weights, datasets or steps.
+    """
+
+    def __init__(
+        self, writer: Any, trainer: Trainer, loaders: Sequence[object], *, skips: bool, observer: Observer
+    ) -> None:
+        self._loaders = loaders
+        self._rank, self._world = trainer.global_rank, trainer.world_size
+        self._id_key = writer.id_key
+        self._observer = observer
+        self._batches = 0
+        self._spans: deque[tuple[float, float, int]] = deque()
+        """When the thread wrote which batch, until the main thread has told the observer."""
+        self._opened = open_path(
+            writer.path,
+            self._rank,
+            self._world,
+            fingerprint=fingerprint_of(trainer, trainer.lightning_module, loaders),
+            resume=writer.resume,
+            overwrite=writer.overwrite,
+            barrier=trainer.strategy.barrier,
+        )
+        try:
+            self.done: Done = {number: self._of_rank(number, found) for number, found in self._opened.done.items()}
+            """Per dataloader, the samples that are committed: their indices in the dataset; for a dataloader without
+            indices, the numbers that this rank gave them."""
+            self._numbers = Counter({number: len(found) for number, found in self.done.items()} if skips else {})
+            self._columns = Columns(writer.columns, self._opened.schema)
+            self._shards = self._opened.shards(
+                rows_per_file=writer.rows_per_file,
+                seconds_per_file=writer.seconds_per_file,
+                compression=writer.compression,
+            )
+            self._background = Background(
+                self._write, writer.queue_bytes, on_done=self._note if observer.records else None
+            )
+        except BaseException:
+            self._opened.release()
+            raise
+
+    def add(self, prediction: Any, indices: Sequence[int] | None, batch: Any, batch_idx: int, loader: int) -> None:
+        """Hand a batch's prediction to the thread; wait while too many bytes wait for it.
+
+        Args:
+            prediction: On any device. It is copied, since others may change what they are given as well, and a step may
+                return memory that it fills again.
+            indices: The dataset's indices of its samples, if they are known.
+            batch: What was predicted, on any device.
+            batch_idx: Its index in its dataloader.
+            loader: The index of its dataloader.
+
+        Raises:
+            Exception: What went wrong in the thread with an earlier batch.
+        """
+        self._report()
+        where = f"batch {batch_idx} of dataloader {loader}"
+        index = (
+            np.asarray(indices, np.int64) if has_indices(self._loaders[loader]) else self._number(batch, loader, where)
+        )
+        done = self.done.get(loader)
+        keep = None if done is None else ~_isin_sorted(index, done)
+        ids = None if self._id_key is None else owned(to_host(_part(batch, self._id_key, where)))
+        item = _Item(owned(to_host(prediction)), index, keep, loader, ids, where, self._batches)
+        self._batches += 1
+        self._background.put(item, size_of(item.prediction), where)
+
+    def close(self, *, complete: bool) -> None:
+        """Write what waits, commit it, and let others use the folder.
+
+        Args:
+            complete: Whether the run has come to its end.
+
+        Raises:
+            Exception: What went wrong in the thread.
+        """
+        try:
+            self._background.close()
+            self._shards.close(complete=complete)
+            self._report()
+        finally:
+            try:
+                self._shards.close(complete=False)  # what came before an error in the thread
+            finally:
+                self._opened.release()
+
+    def _write(self, item: _Item) -> None:
+        rows = self._columns.batch(
+            item.prediction, len(item.index), item.index.tolist(), item.dataloader_idx, item.ids, where=item.where
+        )
+        self._shards.write(rows if item.keep is None else rows.filter(item.keep))
+
+    def _note(self, start: float, end: float, item: _Item) -> None:
+        self._spans.append((start, end, item.batch))
+
+    def _report(self) -> None:
+        while self._spans:
+            start, end, batch = self._spans.popleft()
+            self._observer.add(Stage.WRITE, Lane.WRITER, start, end, batch)
+
+    def _of_rank(self, number: int, indices: Indices) -> Indices:
+        if number < len(self._loaders) and not has_indices(self._loaders[number]):
+            indices = indices[indices % self._world == self._rank]
+        return indices
+
+    def _number(self, batch: Any, loader: int, where: str) -> Indices:
+        """Numbers for samples without indices: each rank counts those of its stream."""
+        rows = rows_of(batch)
+        if rows is None:
+            raise MisconfigurationException(
+                f"{where}: `PredictionWriter` cannot tell how many samples it has. Its dataloader has no batch sampler,"
+                f" and the batch ({type(batch).__name__}) has no tensor or list."
+            )
+        first = self._numbers[loader]
+        self._numbers[loader] += rows
+        numbers: Indices = np.arange(first, first + rows, dtype=np.int64) * self._world + self._rank
+        return numbers
+
+
+def _isin_sorted(values: Indices, found: Indices) -> Any:
+    """Which values are among the sorted ones, of which there may be very many."""
+    at = np.searchsorted(found, values)
+    return (at < len(found)) & (found[np.minimum(at, len(found) - 1)] == values)
+
+
+def _part(batch: Any, name: str, where: str) -> Any:
+    try:
+        return batch[name]
+    except (KeyError, TypeError, IndexError):
+        if hasattr(batch, name):
+            return getattr(batch, name)
+        shown = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else f"it is of type {type(batch).__name__}"
+        raise ValueError(f"{where}: `id_key` is {name!r}, which the batch does not have: {shown}.") from None
