@@ -46,7 +46,7 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     # Of a run
     _hooks: BatchHooks
-    _observer: Observer
+    _observer: Observer = Observer()
     _tuner: DepthTuner | None
     _async_outputs: AsyncOutputs | None
     _in_flight: InFlight[Batch]

@@ -19,9 +19,9 @@ class Lane(str, Enum):
     H2D = "copy to device"
     DEVICE = "device"
     D2H = "copy to host"
+    WRITER = "writer thread"
     POSTPROCESS = "post-processing"
     """Threads or processes, several at once."""
-    WRITER = "writer thread"
 
 
 class Stage(str, Enum):

@@ -141,9 +141,7 @@ class _Advice:
             gil = "`postprocess_backend='process'` if `postprocess` is Python code, of which threads run one at a time"
             return f"Raise `postprocess_workers`; or pass {gil}; or make it cheaper."
         if stage in (Stage.WRITE, Stage.WAIT_WRITER):
-            return (
-                "Write less (`columns` of `PredictionWriter`, half precision), with a cheap codec or to a faster disk."
-            )
+            return "Write fewer `columns` or half precision, with a cheap codec, or to a faster disk."
         if on is not None:
             if not on.pipelining:
                 return "Pass `pipelining=True`: outputs are copied, and end hooks run, while the device computes."

@@ -21,8 +21,8 @@ class State(NamedTuple):
     h2d: Stage | None
     device: Stage | None
     d2h: Stage | None
-    postprocess: Stage | None
     writer: Stage | None
+    postprocess: Stage | None
 
     @property
     def computing(self) -> bool:

@@ -12,7 +12,7 @@ from lightning_hpu_infer.observer import Lane, Observer, Stage
 
 T = TypeVar("T")
 
-HOST_LANES = (Lane.PREFETCH, Lane.MAIN, Lane.POSTPROCESS, Lane.WRITER)
+HOST_LANES = (Lane.PREFETCH, Lane.MAIN, Lane.WRITER, Lane.POSTPROCESS)
 
 
 @dataclass(frozen=True, slots=True)

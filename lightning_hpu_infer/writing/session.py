@@ -114,7 +114,7 @@ class Session:
         ids = None if self._id_key is None else owned(to_host(_part(batch, self._id_key, where)))
         item = _Item(owned(to_host(prediction)), index, keep, loader, ids, where, self._batches)
         self._batches += 1
-        self._background.put(item, size_of(item.prediction), where)
+        self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size_of(item.prediction), where)
 
     def close(self, *, complete: bool) -> None:
         """Write what waits, commit it, and let others use the folder.
