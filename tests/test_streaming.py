@@ -9,7 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hpu_infer import HPUInferenceAccelerator, stream
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, stream
+from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import Net, assert_equal, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -124,6 +125,19 @@ def test_an_error_of_the_callers_ends_the_run() -> None:
         interrupted()
     gc.collect()
     assert left_behind() == []
+
+
+def test_callbacks_are_told_that_a_run_was_left(tmp_path: Any) -> None:
+    writer = PredictionWriter(tmp_path)
+    ours = trainer(HPUInferenceAccelerator(in_flight=0), [writer])
+    predictions = stream(ours, Net(), rows(40, 2), max_pending=1)
+    next(predictions)
+    predictions.close()  # type: ignore[attr-defined]
+    found = read_predictions(tmp_path)["index"].to_pylist()
+    assert 2 <= len(found) < 40
+    assert found == list(range(len(found)))
+    ours.predict(Net(), rows(40, 2))
+    assert read_predictions(tmp_path)["index"].to_pylist() == list(range(40))
 
 
 def test_predictions_are_the_callers_to_change() -> None:

@@ -1,0 +1,287 @@
+"""`PredictionWriter` in runs of a Trainer: each sample once, with stock Lightning's value, however runs are ended."""
+
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
+from lightning_hpu_infer.observe import chrome
+from lightning_hpu_infer.observer import Lane
+from lightning_hpu_infer.writing.read import read_predictions
+from tests.helpers import trainer
+from tests.writing.runs import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
+
+FLAGS: list[dict[str, Any]] = [
+    {},
+    {"pipelining": False},
+    {"group_by_length": "name"},
+    {"in_flight": 4, "prefetch": 3},
+    {"async_output": False, "defer_hooks": False},
+]
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_each_sample_is_written_once_with_stocks_value(tmp_path: Path, flags: dict[str, Any]) -> None:
+    loaders = [DataLoader(Numbers(), 4), DataLoader(Numbers(9), 5)]
+    predict(tmp_path, Scores(), loaders, **flags)
+    assert written(tmp_path) == expected(loaders)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("after", [0, 1, 3, 5])
+@pytest.mark.parametrize(
+    ("size", "flags"), [(4, {}), (7, {}), (3, {"group_by_length": "name"}), (5, {"pipelining": False})], ids=str
+)
+def test_a_run_goes_on_where_one_stopped(tmp_path: Path, after: int, size: int, flags: dict[str, Any]) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), after)
+    done = [index for _, index, _, _ in written(tmp_path)] if after else []
+    assert done == list(range(4 * after))  # what was predicted before the error is kept
+    numbers, module = Numbers(), Scores()
+    predictions = predict(tmp_path, module, DataLoader(numbers, size), **flags)
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+    assert set(numbers.loaded) == set(range(4 * after, COUNT))  # those that are done are not even loaded
+    assert sum(len(batch["row"]) for batch in predictions) == COUNT - 4 * after
+    batches = -(-COUNT // size)
+    assert module.seen == list(range(batches - len(module.seen), batches))
+
+
+def test_when_all_is_written_nothing_is_predicted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    predict(tmp_path, Scores(), DataLoader(Numbers(), 4))
+    module, numbers = Scores(), Numbers()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        assert predict(tmp_path, module, DataLoader(numbers, 4)) == []
+    assert (module.seen, numbers.loaded) == ([], [])
+    assert f"{tmp_path} has predictions of {COUNT} samples from an earlier run. They are left out." in caplog.messages
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+
+
+def test_the_progress_bar_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    class Bar(TQDMProgressBar):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shown: list[tuple[int, Any]] = []
+
+        def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_predict_batch_end(*args, **kwargs)
+            self.shown.append((self.predict_progress_bar.n, self.predict_progress_bar.total))
+
+    stop(tmp_path, DataLoader(Numbers(), 4), 4)
+    bar = Bar()
+    ours = trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path), bar], enable_progress_bar=True)
+    ours.predict(Scores(), DataLoader(Numbers(), 4))
+    assert bar.shown == [(5, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("limit", [3, 0.5])
+def test_a_limit_counts_from_the_beginning_of_the_dataset(tmp_path: Path, limit: float) -> None:
+    for _ in range(2):
+        ours = trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path)], limit_predict_batches=limit)
+        ours.predict(Scores(), DataLoader(Numbers(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))[:12]
+
+
+def test_a_users_batches_stay_together(tmp_path: Path) -> None:
+    """Those of a batch sampler of the user's own, without the samples that are done."""
+
+    class Pairs(BatchSampler):
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter([[i, COUNT - 1 - i] for i in range(COUNT // 2)])
+
+        def __len__(self) -> int:
+            return COUNT // 2
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Numbers(), batch_sampler=Pairs(SequentialSampler(range(COUNT)), 2, False))
+
+    stop(tmp_path, loader(), 4)
+    module = Scores()
+    predict(tmp_path, module, loader())
+    by_index = {index: (row, scores) for _, index, row, scores in expected(DataLoader(Numbers(), 4))}
+    middle = COUNT // 2
+    assert written(tmp_path) == [(0, i, *by_index[i]) for i in range(COUNT) if i != middle]
+    assert module.seen == list(range(4, middle))
+
+
+def test_samples_that_come_several_times_cannot_be_left_out(tmp_path: Path) -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Numbers(), 4, sampler=WeightedRandomSampler([1.0] * COUNT, 2 * COUNT))
+
+    stop(tmp_path, loader(), 2)
+    with pytest.raises(MisconfigurationException, match="yields samples several times"):
+        predict(tmp_path, Scores(), loader())
+
+
+# Datasets without indices
+
+NO_INDICES = pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # Lightning's, for all writers
+
+
+@NO_INDICES
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("after", [0, 2, 5])
+def test_a_stream_goes_on_where_it_stopped(tmp_path: Path, after: int) -> None:
+    stop(tmp_path, DataLoader(Stream(), 4), after)
+    module = Scores()
+    predict(tmp_path, module, DataLoader(Stream(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+    assert module.seen == list(range(after, 6))
+
+
+@NO_INDICES
+def test_a_stream_in_other_batches_is_refused(tmp_path: Path) -> None:
+    stop(tmp_path, DataLoader(Stream(), 4), 2)
+    with pytest.raises(ValueError, match="devices, batch size and workers of streams"):
+        predict(tmp_path, Scores(), DataLoader(Stream(), 5))
+
+
+@NO_INDICES
+def test_a_stream_that_yields_other_batches_is_refused(tmp_path: Path) -> None:
+    def collated(sizes: list[int]) -> DataLoader[Any]:
+        batches = [[Numbers()[i] for i in range(size)] for size in sizes]
+        data = [{"row": torch.stack([s["row"] for s in b]), "name": [s["name"] for s in b]} for b in batches]
+        return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+    stop(tmp_path, collated([3, 3, 3]), 1)
+    with pytest.raises(MisconfigurationException, match="Batch 0 of dataloader 0 has 4 samples, of which 3 are"):
+        predict(tmp_path, Scores(), collated([4, 2, 3]))
+
+
+# Beside others
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+def test_with_another_accelerator_nothing_is_written_twice(
+    tmp_path: Path, pipelining: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), 3, pipelining=pipelining)
+    module = Scores()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer("cpu", [PredictionWriter(tmp_path)]).predict(module, DataLoader(Numbers(), 4))
+    assert len(module.seen) == 6
+    assert any("predicted, but not written, again" in message for message in caplog.messages)
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+
+
+def test_two_writers_have_every_sample_each(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    stop(one, DataLoader(Numbers(), 4), 3)
+    ours = trainer(HPUInferenceAccelerator(), [PredictionWriter(one), PredictionWriter(two)])
+    ours.predict(Scores(), DataLoader(Numbers(), 4))
+    assert written(one) == written(two) == expected(DataLoader(Numbers(), 4))
+
+
+def test_ids_of_the_batch_become_a_column(tmp_path: Path) -> None:
+    writer = PredictionWriter(tmp_path, id_key="name", columns={"scores": "logits"})
+    predict(tmp_path, Scores(), DataLoader(Numbers(), 4), writer=writer)
+    table = read_predictions(tmp_path)
+    assert table.column_names == ["index", "dataloader_idx", "id", "logits"]
+    assert table["id"].to_pylist() == [f"sample {i}" for i in range(COUNT)]
+    with pytest.raises(ValueError, match="`id_key` is 'key', which the batch does not have: 'row', 'name'"):
+        predict(tmp_path, Scores(), DataLoader(Numbers(), 4), writer=PredictionWriter(tmp_path / "x", id_key="key"))
+
+
+def best(output: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = zip(output["row"].tolist(), output["scores"].argmax(-1).tolist(), strict=True)
+    return [{"name": f"sample {row:g}", "label": label} for row, label in rows]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_what_post_processing_returns_is_written(tmp_path: Path) -> None:
+    predict(tmp_path, Scores(), DataLoader(Numbers(), 4), postprocess=best)
+    found: Any = trainer("cpu").predict(Scores(), DataLoader(Numbers(), 4))
+    table = read_predictions(tmp_path, columns=["name", "label"])
+    assert table.to_pylist() == [row for batch in found for row in best(batch)]
+
+
+def test_what_hooks_do_to_an_output_later_is_not_written(tmp_path: Path) -> None:
+    class Spoils(Callback):
+        def on_predict_batch_end(self, t: Any, m: Any, outputs: Any, *_: Any) -> None:
+            outputs["scores"].fill_(-1)
+
+    ours = trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path), Spoils()])
+    ours.predict(Scores(), DataLoader(Numbers(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+
+
+def test_ctrl_c_keeps_what_was_predicted(tmp_path: Path) -> None:
+    class Interrupted(Scores):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            if batch_idx == 3:
+                raise KeyboardInterrupt
+            return super().predict_step(batch, batch_idx)
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        predict(tmp_path, Interrupted(), DataLoader(Numbers(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))[:12]
+
+
+@pytest.mark.parametrize("ragged", [2, 5])
+def test_an_error_in_the_thread_is_raised_in_the_run(tmp_path: Path, ragged: int) -> None:
+    """At the next batch, or at the end if there is none."""
+
+    class Ragged(Scores):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            found = super().predict_step(batch, batch_idx)
+            return found["scores"][:1] if batch_idx == ragged else found["scores"]
+
+    with pytest.raises(ValueError, match=r"(?s)shape \[1, 3\]") as caught:
+        predict(tmp_path, Ragged(), DataLoader(Numbers(), 4))
+    assert f"batch {ragged} of dataloader 0" in "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    predict(tmp_path / "other", Scores(), DataLoader(Numbers(), 4))  # nothing is locked, no thread is left
+
+
+def test_a_second_run_on_the_path_is_refused(tmp_path: Path) -> None:
+    class Nested(Scores):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            if batch_idx == 1:
+                predict(tmp_path, Scores(), DataLoader(Numbers(), 4))
+            return super().predict_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="Another run writes predictions of rank 0"):
+        predict(tmp_path, Nested(), DataLoader(Numbers(), 4))
+
+
+def test_the_report_has_the_writers_lane(tmp_path: Path) -> None:
+    predict(tmp_path / "out", Scores(), DataLoader(Numbers(), 4), trace=tmp_path / "trace")
+    spans, _ = chrome.read(tmp_path / "trace" / "trace.json")
+    assert [span.batch for span in spans if span.lane == Lane.WRITER] == list(range(6))
+
+
+def test_copies_have_no_run(tmp_path: Path) -> None:
+    class Copies(Callback):
+        def on_predict_batch_end(self, t: Any, *_: Any) -> None:
+            (writer,) = (each for each in t.callbacks if isinstance(each, PredictionWriter))
+            assert writer._session is not None
+            assert pickle.loads(pickle.dumps(writer))._session is None
+
+    trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path), Copies()]).predict(
+        Scores(), DataLoader(Numbers(), 4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "scores"}, "Pass a list of names"),
+        ({"rows_per_file": 0}, "`rows_per_file` must be positive, got 0"),
+        ({"queue_bytes": -1}, "`queue_bytes` must be positive, got -1"),
+    ],
+)
+def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        PredictionWriter(tmp_path, **options)

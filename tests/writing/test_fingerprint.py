@@ -1,0 +1,71 @@
+"""An earlier run's predictions are gone on with only if they are of the same weights, step and dataset."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
+from tests.helpers import trainer
+from tests.writing.runs import COUNT, Numbers, Scores, expected, predict, stop, written
+
+
+class OtherStep(Scores):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"scores": self.net(batch["row"]) * 2, "row": batch["row"][:, 0]}
+
+
+class SameStep(Scores):
+    """Laid out in another way, and of another name."""
+
+    predict_step = Scores.predict_step
+
+
+@pytest.mark.parametrize(
+    ("module", "count", "flags", "name"),
+    [
+        (partial(Scores, seed=1), COUNT, {}, "weights"),
+        (OtherStep, COUNT, {}, "predict_step"),
+        (Scores, COUNT + 1, {}, "dataset lengths"),
+        (Scores, COUNT, {"postprocess": dict}, "postprocess"),
+    ],
+)
+def test_predictions_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, module: Any, count: int, flags: dict[str, Any], name: str
+) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), 2)
+    before = written(tmp_path)
+    with pytest.raises(ValueError, match=rf"of another run: {name} was .* and is .*`overwrite=True`"):
+        predict(tmp_path, module(), DataLoader(Numbers(count), 4), **flags)
+    assert written(tmp_path) == before
+    writer = PredictionWriter(tmp_path, overwrite=True)
+    predict(tmp_path, module(), DataLoader(Numbers(count), 4), writer=writer, **flags)
+    assert len(written(tmp_path)) == count
+
+
+def test_the_same_step_of_another_class_is_gone_on_with(tmp_path: Path) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), 2)
+    predict(tmp_path, SameStep(), DataLoader(Numbers(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+
+
+def test_without_resume_predictions_are_left_alone(tmp_path: Path) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), 2)
+    with pytest.raises(FileExistsError, match="holds predictions of 8 samples"):
+        predict(tmp_path, Scores(), DataLoader(Numbers(), 4), writer=PredictionWriter(tmp_path, resume=False))
+
+
+def test_other_types_are_refused_in_words(tmp_path: Path) -> None:
+    class Widens(Callback):
+        """Comes before the writer."""
+
+        def on_predict_batch_end(self, t: Any, m: Any, outputs: Any, *_: Any) -> None:
+            outputs["row"] = outputs["row"].long()
+
+    stop(tmp_path, DataLoader(Numbers(), 4), 2)
+    ours = trainer(HPUInferenceAccelerator(), [Widens(), PredictionWriter(tmp_path)])
+    with pytest.raises(ValueError, match=r"(?s)batch 2 of dataloader 0.*'row'|'row'.*batch 2 of dataloader 0"):
+        ours.predict(Scores(), DataLoader(Numbers(), 4))
