@@ -1,92 +1,71 @@
-"""Runs of a Trainer with a `PredictionWriter`, and what they have to write."""
+"""Runs that write predictions, as the tests of this folder need them."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from torch import nn
-from torch.utils.data import Dataset, IterableDataset
+from pyarrow import parquet
 
-from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
-from lightning_hpu_infer.writing.read import read_predictions
-from tests.helpers import trainer
-
-COUNT = 23
+from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.opening import Opened, open_path
+from lightning_hpu_infer.writing.shards import Shards
 
 
-class Numbers(Dataset[dict[str, Any]]):
-    """Samples of various lengths that note who was loaded."""
-
-    def __init__(self, count: int = COUNT) -> None:
-        self.count = count
-        self.loaded: list[int] = []
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < self.count:
-            raise IndexError(i)
-        self.loaded.append(i)
-        return {"row": torch.full((4,), float(i)), "name": f"sample {i}"}
+def value_of(index: int) -> float:
+    """What the model of these tests predicts for a sample."""
+    return index * 0.5
 
 
-class Stream(IterableDataset[dict[str, Any]]):
-    def __init__(self, count: int = COUNT) -> None:
-        self.count = count
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(Numbers().__getitem__, range(self.count))
-
-
-class Scores(LightningModule):
-    """Ends a run by an error before one of its batches."""
-
-    def __init__(self, fails_at: int | None = None, seed: int = 0) -> None:
-        super().__init__()
-        self.net = nn.Linear(4, 3)
-        for number, weight in enumerate(self.parameters()):  # exact in whatever order it is summed up
-            weight.data = torch.arange(weight.numel()).view(weight.shape) % 5 - 2.0 + number + seed
-        self.fails_at = fails_at
-        self.seen: list[int] = []
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self.fails_at == len(self.seen):
-            raise RuntimeError("killed")
-        self.seen.append(batch_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return {"scores": self.net(batch["row"]), "row": batch["row"][:, 0]}
+def predictions(indices: Sequence[int]) -> dict[str, Any]:
+    """Those of a batch."""
+    return {
+        "value": torch.tensor([value_of(index) for index in indices]),
+        "vector": torch.tensor([[index, index + 1] for index in indices]),
+        "text": [f"sample {index}" for index in indices],
+    }
 
 
-def predict(path: Path, module: LightningModule, loaders: Any, *, writer: Any = None, **flags: Any) -> Any:
-    ours = trainer(HPUInferenceAccelerator(**flags), [writer or PredictionWriter(path)])
-    return ours.predict(module, loaders)
+def write_batches(shards: Shards, columns: Columns, batches: Sequence[Sequence[int]], dataloader_idx: int = 0) -> None:
+    """Write these samples."""
+    for number, batch in enumerate(batches):
+        made = columns.batch(predictions(batch), len(batch), batch, dataloader_idx, where=f"batch {number}")
+        shards.write(made)
 
 
-def stop(path: Path, loaders: Any, after: int, **flags: Any) -> None:
-    with pytest.raises(RuntimeError, match="killed"):
-        predict(path, Scores(after), loaders, **flags)
+def batches_of(indices: Sequence[int], size: int = 4) -> list[list[int]]:
+    """Cut into batches."""
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
-def expected(loaders: Any) -> list[tuple[int, int, float, list[float]]]:
-    """Rows that stock Lightning predicts: dataloader, index, first number, scores."""
-    found: Any = trainer("cpu").predict(Scores(), loaders)
-    lists = found if isinstance(loaders, list) else [found]
-    return [
-        (loader, index, row, scores)
-        for loader, batches in enumerate(lists)
-        for index, (row, scores) in enumerate(
-            pair for batch in batches for pair in zip(batch["row"].tolist(), batch["scores"].tolist(), strict=True)
-        )
-    ]
+def opened(path: Path | str, rank: int = 0, world: int = 1, **options: Any) -> Opened:
+    """The path, opened for a run of these tests."""
+    return open_path(path, rank, world, **({"fingerprint": {"model": "a"}} | options))
 
 
-def written(path: Path) -> list[tuple[int, int, float, list[float]]]:
-    table = read_predictions(path)
-    scores = table["scores"].combine_chunks().to_numpy_ndarray().tolist()
-    columns = (table["dataloader_idx"].to_pylist(), table["index"].to_pylist(), table["row"].to_pylist(), scores)
-    return list(zip(*columns, strict=True))
+def run(
+    path: Path | str, indices: Sequence[int], rank: int = 0, world: int = 1, *, complete: bool = True, **options: Any
+) -> None:
+    """Predict these samples that are not done yet, four at a time, into files of eight."""
+    opening = {name: options.pop(name) for name in ("fingerprint", "resume", "overwrite") if name in options}
+    each = opened(path, rank, world, **opening)
+    try:
+        left = [index for index in indices if index not in set(each.done.get(0, np.array([])).tolist())]
+        shards = each.shards(**({"rows_per_file": 8} | options))
+        write_batches(shards, Columns(schema=each.schema), batches_of(left))
+        shards.close(complete=complete)
+    finally:
+        each.release()
+
+
+def in_files(path: Path) -> list[int]:
+    """The samples in all Parquet files, as anybody finds them."""
+    tables = [parquet.read_table(file) for file in sorted(path.glob("**/*.parquet"))]
+    return sorted(index for table in tables for index in table["index"].to_pylist())
+
+
+def names(path: Path) -> list[str]:
+    """All files but locks."""
+    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return sorted(name for name in files if not name.startswith(".locks"))

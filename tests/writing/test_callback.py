@@ -23,7 +23,7 @@ from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observer import Lane
 from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import trainer
-from tests.writing.runs import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
+from tests.writing.predicting import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
 
 FLAGS: list[dict[str, Any]] = [
     {},

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
 from tests.helpers import trainer
-from tests.writing.runs import COUNT, Numbers, Scores, expected, predict, stop, written
+from tests.writing.predicting import COUNT, Numbers, Scores, expected, predict, stop, written
 
 
 class OtherStep(Scores):
