@@ -116,11 +116,11 @@ def predict_dataset(
         columns: As `Predictor`'s.
         config: As `Predictor`'s.
         batch_format: What `preprocess` gets: a dict of arrays, a `pyarrow.Table` or a `pandas.DataFrame`.
-        rows_per_task: Rows that an actor gets at once, which are computed again if it dies. "auto" means 64 batches.
-            All tasks but the last get as many, so that a graph of one shape suffices. None leaves the dataset's blocks
-            as they are.
+        rows_per_task: Rows that an actor gets at once, a multiple of `batch_size`, which are computed again if it dies.
+            "auto" means 64 batches. All tasks but the last get as many, so that a graph of one shape suffices. None
+            leaves the dataset's blocks as they are.
         preserve_order: Whether the rows come back in their order; None leaves Ray's setting, which is no. Within a
-            block they always do.
+            task they always do.
         id_column: The column with each row's name, unique in the dataset. Needed with `checkpoint`.
         checkpoint: A folder that all machines see, or a URI of an object store, in which Ray notes which rows are
             written. A later run with the same folder reads, computes and writes only the others. Used where the dataset
@@ -133,7 +133,8 @@ def predict_dataset(
         A dataset with the columns to keep and those of the predictions.
 
     Raises:
-        ValueError: If a number is out of its range, or one of `id_column` and `checkpoint` is missing.
+        ValueError: If a number is out of its range, one of `id_column` and `checkpoint` is missing, or the dataset is
+            one for which Ray has no checkpoints.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -144,11 +145,23 @@ def predict_dataset(
             f"`id_column` and `checkpoint` go together, got {id_column!r} and {checkpoint!r}: rows that are done are"
             " found by their names."
         )
+    if checkpoint is not None and not dataset.input_files():
+        raise ValueError(
+            "`checkpoint` needs a dataset that begins with files, such as `ray.data.read_parquet(...)`: of any other"
+            " all rows would be computed and written again. Write them to files first, or leave `checkpoint` out."
+        )
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
+    rows = batch_size * BATCHES_PER_TASK if rows_per_task == "auto" else rows_per_task
+    if rows is not None and (rows < 1 or rows % batch_size):
+        raise ValueError(
+            f"`rows_per_task` must be a multiple of `batch_size`, {batch_size}, got {rows!r}: the rest would be a batch"
+            " of another shape in each task."
+        )
     least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
     if resources is None:
         found = ray.cluster_resources()  # type: ignore[no-untyped-call]
         resources = {"HPU": 1} if found.get("HPU") else {}
-    rows = batch_size * BATCHES_PER_TASK if rows_per_task == "auto" else rows_per_task
     if rows is not None:
         # Strictly, or the end of each block would be a batch, and a graph, of a shape of its own.
         dataset = dataset.repartition(target_num_rows_per_block=rows, strict=True)

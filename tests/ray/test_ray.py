@@ -141,6 +141,12 @@ def test_an_error_says_what_was_wrong(cluster: Any, source: Path) -> None:
     arguments: dict[str, Any] = {"concurrency": 1, "batch_size": 4, "num_cpus": 0.5, "resources": {}}
     with pytest.raises(ValueError, match="`id_column` and `checkpoint` go together, got 'id' and None"):
         predict_dataset(dataset, Columns, id_column="id", **arguments)
+    with pytest.raises(ValueError, match="`rows_per_task` must be a multiple of `batch_size`, 4, got 6"):
+        predict_dataset(dataset, Columns, rows_per_task=6, **arguments)
+    with pytest.raises(ValueError, match="`batch_size` must be 1 or more, got 0"):
+        predict_dataset(dataset, Columns, **(arguments | {"batch_size": 0}))
+    with pytest.raises(ValueError, match="`checkpoint` needs a dataset that begins with files"):
+        predict_dataset(cluster.data.range(9), Columns, id_column="id", checkpoint="/nowhere", **arguments)
     with pytest.raises(Exception, match=r"\['nothing'\] are to be kept"):
         predict_dataset(dataset, Columns, columns=["nothing"], **arguments).take_all()
 
