@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import console, finish, in_turn, parser, quiet
 from examples.ray_data import Embedder, sentences, tokenize
-from lightning_hpu_infer import InferencePipeline, emulator
+from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
 from lightning_hpu_infer.integrations.ray import predict_dataset
 from lightning_hpu_infer.integrations.tables import pieces
 
@@ -59,15 +59,11 @@ def waiting(host: float, table: Any) -> dict[str, Tensor]:
     return {"x": torch.sin(ids[:, None] + torch.arange(64))}
 
 
-def noting(prepare: Prepare, log: Path, table: Any) -> dict[str, Tensor]:
-    """Prepares a batch and notes when."""
-    note(log)
-    return prepare(table)
-
-
-def note(log: Path) -> None:
+def note(log: Path, output: Any = None) -> Any:
+    """Notes when an output was there."""
     with log.open("a") as file:
         file.write(f"{time.time()}\n")
+    return output
 
 
 class Plain:
@@ -79,13 +75,13 @@ class Plain:
         self.device, self.prepare, self.log = torch.device(device), prepare, log
 
     def __call__(self, table: Any) -> dict[str, Any]:
-        note(self.log)
         if self.prepare is None:
             batch = {name: torch.from_numpy(np.array(values)) for name, values in table.items() if name != "id"}
         else:
             batch = self.prepare(table)
         with torch.inference_mode():
             output = self.model(move_data_to_device(batch, self.device))["embedding"].cpu().numpy()
+        note(self.log)
         return {"id": np.asarray(table["id"]), "embedding": output}
 
 
@@ -101,7 +97,8 @@ def ours(dataset: Dataset, factory: Callable[[], nn.Module], device: str, prepar
         batch_size=BATCH,
         rows_per_task=TASK,
         columns=["id"],
-        preprocess=partial(noting, prepare, log),
+        preprocess=prepare,
+        config=InferenceConfig(postprocess=partial(note, log)),
         batch_format="pyarrow",
         resources={"HPU": 1} if device == "hpu" else {},
     )
@@ -125,8 +122,8 @@ def plain(
 
 def alone(table: Any, factory: Callable[[], nn.Module], device: str, prepare: Prepare, log: Path) -> Tensor:
     """One process, without Ray."""
-    batches = (noting(prepare, log, piece) for piece in pieces(table, BATCH))
-    with InferencePipeline(factory(), device) as pipeline:
+    batches = (prepare(piece) for piece in pieces(table, BATCH))
+    with InferencePipeline(factory(), device, InferenceConfig(postprocess=partial(note, log))) as pipeline:
         found = torch.cat([output["embedding"] for output in pipeline.predict(batches)])
     emulator.uninstall()
     return found
