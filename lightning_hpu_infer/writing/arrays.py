@@ -104,10 +104,12 @@ def _numpy(value: Tensor | NDArray[Any], column: str) -> NDArray[Any]:
     narrow = tensor.is_floating_point() and (tensor.dtype == torch.bfloat16 or tensor.itemsize == 1)
     dtype = torch.float32 if narrow else tensor.dtype
     try:
-        copied = tensor.to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-        return copied.resolve_neg().numpy()
+        array = tensor.to("cpu", dtype).resolve_neg().numpy()
     except (TypeError, RuntimeError) as error:
         raise UnfitError(f"Column {column!r} is a tensor of {tensor.dtype}, which has no type of Arrow's.") from error
+    shared = tensor.device.type == "cpu" and tensor.dtype == dtype
+    # NumPy copies in this thread: torch's threads are busy with the model.
+    return np.array(array, order="C", copy=True) if shared else np.ascontiguousarray(array)
 
 
 def _dense(array: NDArray[Any], rows: int, column: str) -> pa.Array:

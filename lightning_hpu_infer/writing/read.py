@@ -17,7 +17,8 @@ from lightning_hpu_infer.writing.schemas import conformed, united
 from lightning_hpu_infer.writing.storage import Storage, storage_at
 
 _CACHED_BYTES = 256 << 20
-"""Of row groups that the next table may need too."""
+"""Of row groups that later rows are in too."""
+_AT_ONCE = 1 << 20
 
 
 def read_predictions(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -46,8 +47,8 @@ def iter_predictions(
 ) -> Iterator[pa.RecordBatch]:
     """The predictions of a folder in the order of the dataset, some at a time.
 
-    Memory: these rows; the row groups that they are in, some MiB each, of which up to 256 MiB are kept for the next
-    rows; and 16 bytes for each row of the folder. Files whose rows are in another order, such as those of
+    Memory: these rows; the row groups that they are in, some MiB each, of which up to 256 MiB are kept for later rows;
+    and 16 bytes for each row of the folder. Files whose rows are in another order, such as those of
     `group_by_length`, are read repeatedly where a file's rows are spread over more of the dataset than this holds.
 
     Args:
@@ -106,8 +107,14 @@ class _Source:
         """All rows in order, so many at a time."""
         order = self._order()
         ends = np.cumsum([group.rows for group in self._groups])
+        last_use = np.zeros(len(ends), np.int64)
+        for start in range(0, len(order), _AT_ONCE):
+            places = order[start : start + _AT_ONCE]
+            last_use[np.searchsorted(ends, places, side="right")] = np.arange(start, start + len(places))
         for start in range(0, len(order), rows):
             yield self._gather(order[start : start + rows], ends)
+            for number in [number for number in self._cache if last_use[number] < start + rows]:
+                del self._cache[number]
 
     def _order(self) -> NDArray[np.int64]:
         """Where the rows are that come first, second and so on, counted through all row groups."""

@@ -57,9 +57,10 @@ def test_strides_do_not_matter() -> None:
     assert column(torch.arange(6)[::2]).to_pylist() == [0, 2, 4]
 
 
-@pytest.mark.parametrize("kind", ["tensor", "rows", "numpy", "list of tensors"])
+@pytest.mark.parametrize("kind", ["tensor", "rows", "complex", "bool", "numpy", "list of tensors"])
 def test_nothing_is_shared_with_the_prediction(kind: str) -> None:
     tensor = torch.ones(3, 2) if kind != "rows" else torch.ones(3)
+    tensor = tensor.to({"complex": torch.complex64, "bool": torch.bool}.get(kind, torch.float32))
     prediction = {"numpy": tensor.numpy(), "list of tensors": list(tensor)}.get(kind, tensor)
     array = column(prediction)
     expected = array.to_pylist()

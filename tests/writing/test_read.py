@@ -85,6 +85,7 @@ def test_row_groups_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kept = [sum(batch.nbytes for batch in source._cache.values()) for _ in source.batches(4)]
     assert max(kept) <= 1000
     assert len(opened) == len(source._groups) + 2  # and each file once for the order
+    assert source._cache == {}
 
 
 @settings(max_examples=40)
