@@ -51,7 +51,7 @@ coverage: $(STAMP)
 	$(BIN)/python -m pytest $(WORKERS) --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)
-	$(BIN)/python -m pytest $(WORKERS) tests/test_docs.py tests/test_project.py
+	$(BIN)/python -m pytest $(WORKERS) tests/test_docs.py tests/test_project.py tests/test_site.py tests/test_troubleshooting.py
 
 # Needs no network: names of other projects come from docs/inventories.
 site: $(STAMP)

@@ -17,7 +17,8 @@ PAGE = ROOT / "docs" / "options.md"
 INTRODUCTION = """# Options
 
 All options of `HPUInferenceAccelerator(...)`, which are the fields of `InferenceConfig` too. `make options` writes this
-page from the texts in `lightning_hpu_infer/config.py`.
+page from the texts in `lightning_hpu_infer/config.py`. Which of them your kind of model needs is said in
+[Choose options](choosing.md).
 """
 
 
