@@ -145,10 +145,10 @@ def predict_dataset(
             f"`id_column` and `checkpoint` go together, got {id_column!r} and {checkpoint!r}: rows that are done are"
             " found by their names."
         )
-    if checkpoint is not None and not dataset.input_files():
+    if checkpoint is not None and not _is_read(dataset._logical_plan.dag):
         raise ValueError(
-            "`checkpoint` needs a dataset that begins with files, such as `ray.data.read_parquet(...)`: of any other"
-            " all rows would be computed and written again. Write them to files first, or leave `checkpoint` out."
+            "`checkpoint` needs a dataset that Ray reads, such as `ray.data.read_parquet(...)`: of any other all rows"
+            " would be computed and written again. Write them to files first, or leave `checkpoint` out."
         )
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
@@ -193,3 +193,14 @@ def predict_dataset(
             id_column, fspath(checkpoint), delete_checkpoint_on_success=False
         )
     return predicted
+
+
+def _is_read(operator: Any) -> bool:
+    """Whether Ray leaves finished rows out of what a plan begins with.
+
+    It does so behind these operators (`planner.py`, 2.60), and says nothing where a plan has none: a dataset that was
+    made from Python objects, or materialized.
+    """
+    if type(operator).__name__ in ("Read", "ReadFiles"):
+        return True
+    return bool(operator.input_dependencies) and all(_is_read(each) for each in operator.input_dependencies)
