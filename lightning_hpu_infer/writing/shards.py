@@ -59,12 +59,14 @@ class Shards:
         self._ended = False
 
     def write(self, batch: pa.RecordBatch) -> None:
-        """Append a batch, and commit the file if it is time to.
+        """Append a batch, and commit the file if it is time to. One without rows changes nothing.
 
         Raises:
             OSError: If the disk is full, for one. What was committed stays; nothing more is written.
         """
         assert not self._ended, "written to after its end"
+        if not batch.num_rows:
+            return
         try:
             if self._file is not None and self._file.schema != batch.schema:
                 self._commit()
@@ -156,9 +158,8 @@ class _Growing:
     def append(self, batch: pa.RecordBatch) -> None:
         """Add a batch; a row group is written whenever some MiB have come together."""
         self.rows += batch.num_rows
-        if batch.num_rows:
-            loader = batch.column(LOADER)[0].as_py()
-            self._indices.setdefault(loader, []).append(batch.column(INDEX).to_numpy().copy())
+        loader = batch.column(LOADER)[0].as_py()
+        self._indices.setdefault(loader, []).append(batch.column(INDEX).to_numpy().copy())
         self._pending.append(batch)
         self._pending_bytes += batch.nbytes
         if self._pending_bytes >= ROW_GROUP_BYTES:
@@ -183,8 +184,7 @@ class _Growing:
         if self._pending:
             table = pa.Table.from_batches(self._pending, self.schema)
             self._pending, self._pending_bytes = [], 0
-            if table.num_rows:
-                self._writer.write_table(table, row_group_size=table.num_rows)
+            self._writer.write_table(table, row_group_size=table.num_rows)
 
     def _ranges(self) -> dict[int, Ranges] | None:
         found: dict[int, Ranges] = {}

@@ -158,27 +158,34 @@ def test_an_error_while_opening_lets_others_in(tmp_path: Path) -> None:
             opened(tmp_path, fingerprint={"seed": 2})
 
 
-def hold(path: Path, ready: Any) -> None:
+def hold(path: Path, ready: Any, worker: Any) -> None:
     each = opened(path)
     shards = each.shards(rows_per_file=4)
     write_batches(shards, Columns(), [*batches_of(range(8)), [8]])
-    ready.set()
+    if forked := os.fork():
+        worker.value = forked
+        ready.set()
     signal.pause()
 
 
 def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
+    """Its workers, which a DataLoader forks, live on for seconds."""
     context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, ready))
+    ready, worker = context.Event(), context.Value("i")
+    process = context.Process(target=hold, args=(tmp_path, ready, worker))
     process.start()
     assert ready.wait(60)
     with pytest.raises(RuntimeError, match="Another run"):
         opened(tmp_path)
     assert process.pid is not None
+    assert worker.value > 0
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert done(tmp_path) == {0: list(range(8))}
-    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    try:
+        assert done(tmp_path) == {0: list(range(8))}
+        assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    finally:
+        os.kill(worker.value, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -21,7 +21,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     under_way = []
     for rank in range(2):
         run = opened(path, rank, 2)
-        shards, columns = run.shards(rows_per_file=2), Columns()
+        shards, columns = run.shards(), Columns()
         for start in range(rank * 2, 8, 4):
             index = [start, start + 1]
             prediction = {
@@ -38,8 +38,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 "boxes": [[{"label": "cat", "box": torch.ones(4)}] * i for i in index],
             }
             shards.write(columns.batch(prediction, 2, index, 0))
-        # Files of 2 rows are committed at once. A batch of no rows begins one that is not.
-        shards.write(columns.batch(prediction, 2, index, 0).slice(0, 0))
+            shards.commit()
+        shards.write(columns.batch(prediction, 2, index, 0))
         under_way.append(shards)
         run.release()
     assert len(list(path.rglob(".part-*.tmp"))) == 2

@@ -95,7 +95,9 @@ def test_samples_that_are_no_few_ranges_are_read_from_the_file(tmp_path: Path, m
 
 
 def test_nothing_is_written_where_nothing_was_predicted(tmp_path: Path, manifest: Manifest) -> None:
-    Shards(LocalStorage(tmp_path), manifest).close(complete=True)
+    shards = Shards(LocalStorage(tmp_path), manifest, rows_per_file=1)
+    shards.write(Columns().batch(torch.zeros(2), 2, [0, 1], 0).slice(0, 0))
+    shards.close(complete=True)
     assert names(tmp_path) == ["rank-00000/_manifest.json"]
 
 
