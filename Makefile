@@ -1,4 +1,4 @@
-# make demo       the main job on a fresh machine: virtual environment, install, run
+# make demo       on a fresh machine: virtual environment, install what it needs, a minute and a half of evidence
 # make test       the same environment: lint, types, tests, a smoke test on each supported Lightning, packages, the site
 # make full       all tests, the many that are alike included
 # make matrix     the tests on each other Lightning version
@@ -20,14 +20,15 @@ WORKERS ?= -n 2
 # Where torch comes from; empty means PyPI.
 TORCH_INDEX ?=
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+DEMO := $(VENV)/.demo
 STAMP := $(VENV)/.installed
 OLDEST := .matrix/oldest
 OLDEST_LIGHTNING ?= 2.4.0
 
 .PHONY: demo test lint types unit full smoke matrix oldest coverage docs site options ray spark verify-hpu package installed hooks release-check clean
 
-demo: $(STAMP)
-	$(BIN)/python examples/embed_sentences.py
+demo: $(DEMO)
+	$(BIN)/python -m examples.demo
 
 test: lint types unit smoke package site
 
@@ -117,10 +118,15 @@ installed: package
 release-check:
 	$(PYTHON) .ci/release_check.py $(TAG)
 
-$(STAMP): setup.cfg constraints.txt
+# What the demo needs, with pip's progress in sight.
+$(DEMO): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM) torch
+	$(BIN)/python -m pip install --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --constraint constraints.txt $(TORCH_FROM) torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(STAMP): $(DEMO)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	# Apart from the rest: see model_zoo/vision.py.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/vision timm torchvision

@@ -79,7 +79,7 @@ def test_minilm_on_real_sentences_with_a_graph_per_bucket() -> None:
         assert emulator.stats().captures == captures
 
 
-def test_the_demo_runs() -> None:
+def test_the_sentence_example_runs() -> None:
     demo = Path(__file__).parents[1] / "examples" / "embed_sentences.py"
     command = [sys.executable, str(demo), "--limit", "48", "--batch-size", "8", "--length", "16"]
     environment = os.environ | {"COLUMNS": "160"}  # as wide as the table
@@ -96,3 +96,17 @@ def test_the_demo_runs() -> None:
         "pipelining": ("0", "0"),
         "all together": ("1", "5"),
     }
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    options = ["--sentences", "16", "--rounds", "1", "--pictures", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.demo", *options]
+    environment = os.environ | {"COLUMNS": "160"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=110, env=environment, cwd=root)
+    assert run.returncode == 0, run.stderr
+    assert "All embeddings are equal, in the dataset's order." in run.stdout
+    assert "All predictions are equal." in run.stdout
+    assert all((tmp_path / name / "timeline.png").exists() for name in ("stock-order", "all-together"))
+    arms = [line.split("│")[1].strip() for line in run.stdout.splitlines() if line.startswith("│")]
+    assert arms[-5:] == ["stock order", "HPU graphs", "async copies", "pipelining", "all together"]
