@@ -8,6 +8,7 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from posixpath import normpath
 
 from sphinx.application import Sphinx
 
@@ -110,9 +111,8 @@ def link_to_repository(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname == root_doc:
         # Pages of parts that may be missing are listed by patterns, and Sphinx warns of those that match nothing.
         lines = source[0].splitlines(keepends=True)
-        source[0] = "".join(
-            line for line in lines if not line.endswith("*\n") or fnmatch.filter(found, f"docs/{line.strip()}")
-        )
+        listed = {line: normpath(f"docs/{line.strip()}") for line in lines if line.endswith("*\n")}
+        source[0] = "".join(each for each in lines if each not in listed or fnmatch.filter(found, listed[each]))
     source[0] = re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", linked, source[0])
 
 
