@@ -27,7 +27,7 @@ def widened(known: pa.DataType, found: pa.DataType) -> pa.DataType | None:
 
 
 def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The array as one of the type, which is what `widened` said.
+    """The array as one of the type, which is what `widened` said, or what `stored` was made of.
 
     Raises:
         pyarrow.ArrowInvalid: If an integer is not exact as a float.
@@ -36,6 +36,8 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
         return array
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), kind)
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, conform(array, kind.storage_type))
     if pa.types.is_struct(kind):
         children = [conform(array.field(array.type.get_field_index(field.name)), field.type) for field in kind]
         mask = array.is_null() if array.null_count else None
@@ -46,6 +48,24 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
         offsets = pa.array([0, *lengths.cumsum().tolist()], pa.int32())
         return pa.ListArray.from_arrays(offsets, conform(array.flatten(), kind.value_type), mask=mask)
     return array.cast(kind)
+
+
+def stored(kind: pa.DataType) -> pa.DataType:
+    """The type as it is in files: lists in place of Arrow's tensors, which some readers refuse (datasets 4 does)."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.storage_type
+    return pa.struct([(field.name, stored(field.type)) for field in kind]) if pa.types.is_struct(kind) else kind
+
+
+def as_stored(array: pa.Array) -> pa.Array:
+    """The array as one of the type that `stored` says. Nothing is copied."""
+    if isinstance(array, pa.ExtensionArray):
+        return array.storage
+    if array.type == (kind := stored(array.type)):
+        return array
+    children = [as_stored(array.field(number)) for number in range(array.type.num_fields)]
+    mask = array.is_null() if array.null_count else None
+    return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
 
 
 def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:

@@ -15,6 +15,7 @@ from pyarrow import parquet
 from lightning_hpu_infer.writing.columns import INDEX, LOADER
 from lightning_hpu_infer.writing.manifest import MANIFEST, File, Manifest
 from lightning_hpu_infer.writing.ranges import Ranges, ranges_of
+from lightning_hpu_infer.writing.schemas import as_stored, stored
 from lightning_hpu_infer.writing.storage import Sink, Storage
 
 _log = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ class _Growing:
         try:
             # Dictionaries of numbers cost time and rarely save room.
             texts = [f.name for f in schema if pa.types.is_string(f.type) or f.name == LOADER]
-            self._writer = parquet.ParquetWriter(sink, schema, compression=compression, use_dictionary=texts)
+            self._stored = pa.schema([(f.name, stored(f.type)) for f in schema])
+            self._writer = parquet.ParquetWriter(sink, self._stored, compression=compression, use_dictionary=texts)
         except BaseException:
             with suppress(Exception):
                 sink.discard()
@@ -160,7 +162,9 @@ class _Growing:
         self.rows += batch.num_rows
         loader = batch.column(LOADER)[0].as_py()
         self._indices.setdefault(loader, []).append(batch.column(INDEX).to_numpy().copy())
-        self._pending.append(batch)
+        self._pending.append(
+            pa.RecordBatch.from_arrays([as_stored(each) for each in batch.columns], schema=self._stored)
+        )
         self._pending_bytes += batch.nbytes
         if self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
@@ -182,7 +186,7 @@ class _Growing:
 
     def _flush(self) -> None:
         if self._pending:
-            table = pa.Table.from_batches(self._pending, self.schema)
+            table = pa.Table.from_batches(self._pending, self._stored)
             self._pending, self._pending_bytes = [], 0
             self._writer.write_table(table, row_group_size=table.num_rows)
 

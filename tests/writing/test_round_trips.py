@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,6 +84,8 @@ def test_tensors(
 
 def test_tensors_within_dicts_and_beside_nothing(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).reshape(2, 2, 3).half()
-    table = read_again(tmp_path, [{"a": {"b": tensor}, "c": tensor}, {"a": {"b": tensor}, "c": None}], 2)
-    assert [row["b"] for row in table["a"].to_pylist()] == tensor.flatten(1).tolist() * 2
+    batches = [{"a": {"b": tensor}, "c": tensor}, {"a": None, "c": None}]
+    table = read_again(tmp_path, batches, 2)
+    assert table["a"].type == pa.struct([("b", pa.fixed_shape_tensor(pa.float16(), (2, 3)))])
+    assert table["a"].to_pylist() == [{"b": row} for row in tensor.flatten(1).tolist()] + [None, None]
     assert table["c"].to_pylist() == [*tensor.flatten(1).tolist(), None, None]
