@@ -146,6 +146,8 @@ def cases(options: Any) -> Iterator[tuple[str, str, Dataset, Callable[[], nn.Mod
         partial(emulated, options.compute),
         partial(waiting, options.host),
     )
+    if options.sentences < TASK:
+        return
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     yield (
         "CPU: MiniLM on sentences",
@@ -162,7 +164,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--compute", type=float, default=20, help="ms per batch on the device")
     arguments.add_argument("--host", type=float, default=10, help="ms per batch before it")
-    arguments.add_argument("--sentences", type=int, default=1536, help="on the CPU, a multiple of 512")
+    arguments.add_argument("--sentences", type=int, default=1536, help="on the CPU, a multiple of 512; 0 for none")
     options = arguments.parse_args()
     quiet()
     output = console()
