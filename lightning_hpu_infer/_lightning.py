@@ -4,8 +4,11 @@ Checked on Lightning 2.4.0, 2.5.5 and 2.6.6; `tests/test_lightning_names.py` fai
 subclasses `_PredictionLoop`, and so uses `LOOP_NAMES` as its own attributes.
 """
 
+import signal
+import threading
 from collections.abc import Callable
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 from lightning.fabric.accelerators.registry import _AcceleratorRegistry as AcceleratorRegistry
@@ -32,6 +35,7 @@ __all__ = [
     "is_compiled",
     "is_profilers_hook",
     "no_grad_context",
+    "note_sigterm_alone",
     "pair_strategy",
     "set_batch_sampler",
     "starts_processes",
@@ -111,6 +115,29 @@ def is_profilers_hook(hook: object) -> bool:
 def starts_processes(strategy: object) -> bool:
     """Whether a strategy runs the Trainer's functions in processes that it starts, not in this one."""
     return isinstance(getattr(strategy, "launcher", None), _MultiProcessingLauncher)
+
+
+def note_sigterm_alone(trainer: Any) -> None:
+    """Have a rank of several note SIGTERM without the others, until its run ends.
+
+    Lightning's handler, which notes it for `trainer.received_sigterm`, broadcasts to all ranks first (2.5.5; not yet in
+    2.4.0), for training. It does so in the middle of what the main thread does, a capture for one, and waits or fails
+    if another rank is at its end, or gone. Lightning puts back what was there before when the run ends.
+    """
+    if trainer.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        return
+    connector = trainer._signal_connector
+    users = connector._original_handlers.get(signal.SIGTERM)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not connector.received_sigterm:
+            launcher.kill(signum)  # the ranks that this one has started
+        connector.received_sigterm = True
+        if callable(users):
+            users(signum, frame)
+
+    signal.signal(signal.SIGTERM, note)
 
 
 def wants_several_processes(connector: Any) -> bool:

@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from lightning_hpu_infer._lightning import note_sigterm_alone
 from lightning_hpu_infer.observer import Observer
 from lightning_hpu_infer.samples import Done
 
@@ -29,6 +32,9 @@ class PredictionWriter(BasePredictionWriter):
     With `HPUInferenceAccelerator`, the same script started again predicts only what is not committed yet, whatever its
     batch size, number of devices or workers, or order of length. With another accelerator all is predicted again, and
     what is committed is not written twice. Main thread only.
+
+    On SIGTERM, which clusters send before they end a job, a run ends before its next batch: what was launched is
+    completed and committed, and the process exits with 143, unless the script catches `SystemExit`.
 
     Args:
         path: A local folder, or a URI that Arrow or fsspec knows, such as `s3://bucket/folder`.
@@ -113,6 +119,7 @@ class PredictionWriter(BasePredictionWriter):
         from lightning_hpu_infer.writing.session import Session  # needs pyarrow
 
         self._abandon()
+        note_sigterm_alone(trainer)
         self._session = Session(self, trainer, loaders, skips=skips, observer=observer or Observer())
         if count := sum(map(len, self._session.done.values())):
             again = "predicted, but not written, again: `HPUInferenceAccelerator` with one writer leaves them out"
@@ -139,6 +146,19 @@ class PredictionWriter(BasePredictionWriter):
         if self._session is None:
             loaders: Any = trainer.predict_dataloaders
             self.begin(trainer, loaders if isinstance(loaders, list | tuple) else [loaders], skips=False)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """End the run if SIGTERM has come. The loop completes what it has launched first.
+
+        Raises:
+            SIGTERMException: A `SystemExit` with the code that shells give to a process that SIGTERM has ended.
+        """
+        if trainer.received_sigterm:
+            rank_zero_info(f"SIGTERM: the run ends, and what was predicted is written to {self.path}.")
+            raise SIGTERMException(128 + signal.SIGTERM)
 
     @override
     def write_on_batch_end(

@@ -66,9 +66,12 @@ def _digest_of_weights(module: LightningModule) -> str:
 
 
 def _code_of(function: Callable[..., Any]) -> str:
-    """The name of a function and a digest of its code, without comments and layout."""
+    """The name of a function and a digest of its code, without comments and layout.
+
+    Without its module's name, which is `__main__` in a script that another one may import.
+    """
     inner: Any = inspect.unwrap(getattr(function, "__func__", function))
-    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', type(inner).__qualname__)}"
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
     try:
         # Of an object that is called, its class.
         source = inspect.getsource(inner if inspect.isroutine(inner) else type(inner))

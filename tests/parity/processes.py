@@ -15,18 +15,30 @@ from torch.utils.data import DataLoader
 from tests.helpers import Net, Rows, predict
 
 
+def environment() -> dict[str, str]:
+    """Our environment, in which a script finds this checkout, and nothing of ranks."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_"))}
+    # Its folders may be relative to ours.
+    search = [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    return found | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *search])}
+
+
 def launch(folder: Path, *arguments: str, command: Sequence[str] = (sys.executable,)) -> tuple[int, str]:
     """Run `predict_on_devices.py` in a folder; returns exit code and output.
 
     Its whole process group is ended if it hangs.
     """
     script = Path(__file__).with_name("predict_on_devices.py")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "LOCAL_"))}
-    # Its folders may be relative to ours.
-    search = [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    return run_script(script, folder, *arguments, command=command)
+
+
+def run_script(
+    script: Path, folder: Path, *arguments: str, command: Sequence[str] = (sys.executable,)
+) -> tuple[int, str]:
+    """The same for any script whose first argument is the folder."""
     process = subprocess.Popen(
         [*command, str(script), str(folder), *arguments],
-        env=environment | {"PYTHONPATH": os.pathsep.join([str(script.parents[2]), *search])},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

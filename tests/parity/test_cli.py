@@ -18,7 +18,14 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_hpu_infer import HPUInferenceAccelerator, HPUInferenceStrategy, InferenceConfig, emulator
+from lightning_hpu_infer import (
+    HPUInferenceAccelerator,
+    HPUInferenceStrategy,
+    InferenceConfig,
+    PredictionWriter,
+    emulator,
+    read_predictions,
+)
 from tests.helpers import Net, assert_equal, predict, rows
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +244,29 @@ def test_the_configuration_that_a_run_saved_repeats_it(emulated: None, tmp_path:
     second = run_cli(tmp_path, f"--config={tmp_path / 'config.yaml'}")
     assert config_of(second) == config_of(first) != InferenceConfig()
     assert_predicted_on_hpu(second)
+
+
+def test_a_writer_by_its_class_path(emulated: None, tmp_path: Path) -> None:
+    text = f"""
+trainer:
+  accelerator:
+    class_path: {ACCELERATOR}
+  callbacks:
+    - class_path: lightning_hpu_infer.PredictionWriter
+      init_args:
+        path: {tmp_path / "out"}
+        columns: {{prediction: logits}}
+        rows_per_file: 4
+        compression: snappy
+"""
+    cli = run_cli(tmp_path, write(tmp_path, text), "--return_predictions=false")
+    (writer,) = (each for each in vars(cli.trainer)["callbacks"] if isinstance(each, PredictionWriter))
+    assert (writer.columns, writer.rows_per_file, writer.resume) == ({"prediction": "logits"}, 4, True)
+    expected: Any = predict("cpu", Net(), rows())
+    logits = read_predictions(tmp_path / "out")["logits"].combine_chunks().to_numpy_ndarray()
+    assert_equal([torch.from_numpy(logits.copy())], [torch.cat(expected)])
+    again = run_cli(tmp_path, write(tmp_path, text), "--return_predictions=false")
+    assert again.model.devices == []  # nothing was left
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, arguments: Sequence[str]) -> str:

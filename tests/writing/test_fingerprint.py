@@ -52,6 +52,13 @@ def test_the_same_step_of_another_class_is_gone_on_with(tmp_path: Path) -> None:
     assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
 
 
+def test_the_step_of_a_script_is_that_of_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop(tmp_path, DataLoader(Numbers(), 4), 2)
+    monkeypatch.setattr(Scores.predict_step, "__module__", "__main__")
+    predict(tmp_path, Scores(), DataLoader(Numbers(), 4))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+
+
 def test_without_resume_predictions_are_left_alone(tmp_path: Path) -> None:
     stop(tmp_path, DataLoader(Numbers(), 4), 2)
     with pytest.raises(FileExistsError, match="holds predictions of 8 samples"):
