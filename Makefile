@@ -127,7 +127,9 @@ $(DEMO): setup.cfg constraints.txt
 	touch $@
 
 $(STAMP): $(DEMO)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev,docs,examples]'
+	# Of which an example takes the weights, and which pulls in what it does not need.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt resemblyzer
 	# Apart from the rest: see model_zoo/vision.py.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(VENV)/vision timm torchvision
 	touch $@
