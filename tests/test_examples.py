@@ -1,0 +1,123 @@
+"""Each example, on the CPU and on the emulated HPU: it compares itself with stock Lightning, and says what it found."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"compare"}
+AGREE = "all results agree with stock Lightning's"
+
+Run = Callable[..., str]
+
+
+def imported(name: str) -> Any:
+    """An example, or None if the extra `[examples]` is not installed."""
+    try:
+        return importlib.import_module(f"examples.{name}")
+    except ImportError:
+        return None
+
+
+# Here and not in a test, since examples set environment variables.
+MODULES = {name: imported(name) for name in sorted(EXAMPLES)}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str) -> Run:
+    """Runs an example in this process and returns what it prints."""
+
+    def call(name: str, *arguments: str) -> str:
+        if (module := MODULES[name]) is None:
+            pytest.skip("needs the extra `[examples]`")
+        monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+        monkeypatch.setenv("COLUMNS", "160")  # as wide as the table
+        module.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def counted(printed: str) -> dict[str, tuple[int, int]]:
+    """Captures and replays of each technique in the table; none where the device is the CPU."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    return {row[0]: (int(row[3]), int(row[4])) for row in rows if len(row) == 6 and row[3]}
+
+
+def number(pattern: str, printed: str) -> float:
+    found = re.search(pattern, printed)
+    assert found is not None, printed
+    return float(found[1])
+
+
+def few_lengths_come_again(counts: dict[str, tuple[int, int]]) -> None:
+    """A graph is captured for a shape that comes twice: among batches of any length there is none."""
+    assert counts["all together"] == (0, 0)
+    captures, replays = counts["and buckets"]
+    assert 0 < captures <= 4
+    assert replays > 0
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")  # transformers' Wav2Vec2
+def test_transcribe(run: Run, device: str) -> None:
+    printed = run("transcribe")
+    assert AGREE in printed
+    assert number(r"word error rate (\S+)", printed) < 0.2
+    if device == "emulator":
+        few_lengths_come_again(counted(printed))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("emulator", marks=pytest.mark.full)], indirect=True)
+def test_read_text(run: Run, device: str) -> None:
+    printed = run("read_text", "--lines", "12", "--batch-size", "2")
+    assert AGREE in printed
+    assert number(r"character error rate (\S+)", printed) < 0.05
+    if device == "emulator":
+        few_lengths_come_again(counted(printed))
+
+
+def test_classify_images(run: Run, device: str) -> None:
+    examples = MODULES["classify_images"]
+    photos = [str(photo) for photo in examples.samples() if photo.stem == "grace_hopper"] if examples else []
+    printed = run("classify_images", *photos)
+    assert AGREE in printed
+    assert "grace_hopper.jpg: military uniform" in printed
+    if device == "emulator":
+        counts = counted(printed)
+        assert counts["graphs"] == counts["all together"] == (1, 1)
+        assert counts["and pad_batch"] == (1, 2)
+
+
+def test_generate(run: Run, device: str) -> None:
+    printed = run("generate", "--prompts", "8", "--tokens", "6")
+    assert AGREE in printed
+
+
+def test_speaker_embeddings(run: Run, device: str) -> None:
+    printed = run("speaker_embeddings", "--clips", "8", "--batch-size", "4")
+    assert AGREE in printed
+
+
+def test_a_command_of_the_page() -> None:
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "examples.generate", "--prompts", "4", "--tokens", "2"]
+    environment = os.environ | {"LIGHTNING_HPU_INFER_EMULATOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "emulated HPU" in done.stdout
+    assert AGREE in done.stdout
+
+
+def test_the_page_and_these_tests_name_every_example() -> None:
+    page = (ROOT / "examples" / "README.md").read_text()
+    named = set(re.findall(r"^\| \[`(\w+)\.py`\]\(\1\.py\) \|", page, re.MULTILINE))
+    assert named == EXAMPLES
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert EXAMPLES - tested == {"embed_sentences"}  # tests/test_families.py
