@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 HERE = {"classify_images", "generate", "read_text", "speaker_embeddings", "transcribe"}
 ELSEWHERE = {
+    "demo": "test_families.py",
     "embed_sentences": "test_families.py",
     "ray_data": "ray/test_ray.py",
     "serve": "test_serve.py",
