@@ -85,7 +85,11 @@ class Engine:
         # Python ends before its exit handlers only threads that are no daemons, and waits for these.
         atexit.register(self.close)
         self._thread.start()
-        started.result()
+        try:
+            started.result()
+        except BaseException:
+            self.close(cancel=True)
+            raise
 
     @property
     def depth(self) -> int:
