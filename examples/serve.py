@@ -102,8 +102,11 @@ class Batcher:
 
     async def _compute(self, length: int, waiting: list[tuple[list[int], "asyncio.Future[Tensor]"]]) -> None:
         self._metrics.rows.observe(len(waiting))
+        sentences = [ids for ids, _ in waiting]
+        # The CPU has no graphs, and padding costs it time.
+        batch = batch_of(sentences) if self._pipeline.device.type == "cpu" else shaped(sentences, length)
         try:
-            rows = await asyncio.wrap_future(self._pipeline.submit(batch_of([ids for ids, _ in waiting], length)))
+            rows = await asyncio.wrap_future(self._pipeline.submit(batch))
         except Exception as error:
             if len(waiting) == 1:
                 self._metrics.errors.inc()
@@ -121,12 +124,17 @@ def fitting(size: int, sizes: tuple[int, ...]) -> int:
     return next(each for each in sizes if each >= size)
 
 
-def batch_of(sentences: list[list[int]], length: int) -> dict[str, Tensor]:
-    """A padded batch of token ids: `(rows, length)` int32, which Gaudi has and which can be copied without a cast."""
-    rows = sentences + sentences[:1] * (fitting(len(sentences), ROWS) - len(sentences))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int32)
-    lengths = torch.tensor([[len(row)] for row in rows])
+def batch_of(sentences: list[list[int]], length: int = 0) -> dict[str, Tensor]:
+    """A batch of token ids: `(rows, length)` int32, which Gaudi has and which can be copied without a cast."""
+    length = max(length, *map(len, sentences))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in sentences], dtype=torch.int32)
+    lengths = torch.tensor([[len(row)] for row in sentences])
     return {"input_ids": ids, "attention_mask": (torch.arange(length) < lengths).int()}
+
+
+def shaped(sentences: list[list[int]], length: int) -> dict[str, Tensor]:
+    """A batch of one of the shapes: rows that nobody wants are added, and the length is that of the bucket."""
+    return batch_of(sentences + sentences[:1] * (fitting(len(sentences), ROWS) - len(sentences)), length)
 
 
 @asynccontextmanager

@@ -109,7 +109,7 @@ def test_a_sentence_that_the_model_fails_on_fails_alone_and_shapes_are_bounded()
         else:
             assert int(found) == sum(ids)
     assert metrics.errors._value.get() == sum(13 in ids for ids in sentences)
-    batches = [serve.batch_of([[1] * length] * rows, 32) for length in (1, 17, 32) for rows in range(1, 17)]
+    batches = [serve.shaped([[1] * length] * rows, 32) for length in (1, 17, 32) for rows in range(1, 17)]
     assert {tuple(batch["input_ids"].shape) for batch in batches} == {(rows, 32) for rows in serve.ROWS}
 
 
