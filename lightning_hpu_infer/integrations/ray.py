@@ -6,12 +6,14 @@ Checked with Ray 2.60.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from lightning_hpu_infer import _habana
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.integrations.tables import Table, beside, pieces, tensors
 from lightning_hpu_infer.pipeline import InferencePipeline
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 CALLS = 2
 """Calls of an actor at once: while one returns its last batches, the other has launched its first."""
 BATCHES_PER_TASK = 64
+DEPTH = 3
+"""`in_flight` and `prefetch` on an HPU where neither is given."""
 
 
 class Predictor:
@@ -38,7 +42,8 @@ class Predictor:
         preprocess: Turns rows into a batch for the module, such as a tokenizer; by default columns of numbers become a
             dict of tensors, and all others lists. Runs beside the device, in two threads at once by `predict_dataset`.
         columns: The columns that are returned beside the predictions; None means all.
-        config: The flags of the pipeline. Its `postprocess` makes what is stored of an output.
+        config: The flags of the pipeline. Its `postprocess` makes what is stored of an output. `in_flight` and
+            `prefetch` are 3 on an HPU unless one of them is given.
         device: An HPU if the process has one, else the CPU.
 
     Raises:
@@ -61,9 +66,14 @@ class Predictor:
         self._batch_size = batch_size
         self._preprocess = preprocess or tensors
         self._columns = columns
+        config = config or InferenceConfig()
+        device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
+        kind = device.type
+        if config.in_flight is None and config.prefetch is None and config.tunes_depths(kind):
+            # Depths rise within a run, and calls are none. Nobody waits for a single batch here.
+            config = replace(config, in_flight=DEPTH, prefetch=DEPTH)
+        self._ahead = config.in_flight_depth(kind) + max(1, config.prefetch_depth(kind))
         self._pipeline = InferencePipeline(factory, device, config)
-        kind = self._pipeline.device.type
-        self._ahead = self._pipeline.config.in_flight_depth(kind) + max(1, self._pipeline.config.prefetch_depth(kind))
 
     def __call__(self, table: Table) -> Iterator[Table]:
         """The rows with predictions, in pieces of `batch_size`, while later ones are computed.
