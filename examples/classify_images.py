@@ -37,15 +37,8 @@ BLOCKS = [
     (3, 1, 6, 320, 1),
 ]
 """EfficientNet-B0 without squeeze and excitation."""
-NAMES = {
-    442: "bell cote",
-    457: "bow tie",
-    497: "church",
-    652: "military uniform",
-    698: "palace",
-    832: "stupa",
-    985: "daisy",
-}
+NAMES = {309: "bee", 442: "bell cote", 457: "bow tie", 497: "church", 652: "military uniform", 663: "monastery"}
+NAMES |= {667: "mortarboard", 698: "palace", 832: "stupa", 834: "suit", 947: "mushroom", 985: "daisy"}
 CUTS = [(part, x, y) for part in (0.9, 1.0) for x in (0.0, 0.5, 1.0) for y in (0.0, 0.5, 1.0)]
 
 
