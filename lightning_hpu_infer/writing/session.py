@@ -169,7 +169,9 @@ class Session:
 
 
 def _isin_sorted(values: Indices, found: Indices) -> Any:
-    """Which values are among the sorted ones, of which there may be very many."""
+    """Which values are among the sorted ones, of which there may be very many, or none."""
+    if not len(found):
+        return np.zeros(len(values), bool)
     at = np.searchsorted(found, values)
     return (at < len(found)) & (found[np.minimum(at, len(found) - 1)] == values)
 
