@@ -61,6 +61,10 @@ FETCH_SPAN = f"[{PredictionLoop.__name__}].predict_next"
 """The profiler's name for a fetch, which Lightning's tools and users' filters look for."""
 
 
+_FORGOTTEN: list[int] = []
+"""One list for all batches, of which there may be millions."""
+
+
 def datahook_owner(trainer: Trainer, name: str) -> Any:
     """Whose data hook is called: the module's, unless the datamodule overrides it."""
     selector: Any = trainer._data_connector._datahook_selector
@@ -94,7 +98,7 @@ def forget_indices(loader: object, batch_idx: int) -> None:
     """Let a dataloader forget which samples a batch has, of which it notes every one."""
     sampler = getattr(loader, "batch_sampler", None)
     if isinstance(sampler, _IndexBatchSamplerWrapper):
-        sampler.seen_batch_indices[batch_idx] = []
+        sampler.seen_batch_indices[batch_idx] = _FORGOTTEN
 
 
 def set_batch_sampler(sampler: _IndexBatchSamplerWrapper, batches: Any) -> None:

@@ -1,7 +1,9 @@
 """Rule 10: memory stays flat, however many batches there are."""
 
 import gc
+import tracemalloc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, emulator
 from tests.helpers import Net, rows, trainer
 
 BATCHES = 2000
@@ -49,6 +51,29 @@ def test_rule_10_memory_is_flat_over_2000_batches(flags: dict[str, Any], device:
         assert max(second) <= max(first) + 64
     del ours, census
     assert live_tensors() - tensors <= 1  # the dataset's rows, until its loader's cycle is collected
+
+
+@pytest.mark.full
+def test_a_writer_keeps_little_of_each_batch(tmp_path: Path) -> None:
+    """Beside what waits for its file, which is committed every half second here."""
+    numbers = 9000
+    traced: list[int] = []
+
+    class Traced(Callback):
+        def on_predict_batch_end(self, t: Trainer, m: Any, o: Any, b: Any, batch_idx: int, *_: Any) -> None:
+            if batch_idx in (numbers // 3, numbers - 1):
+                gc.collect()
+                traced.append(tracemalloc.get_traced_memory()[0])
+
+    writer = PredictionWriter(tmp_path, seconds_per_file=0.5, queue_bytes=64 << 10)
+    tracemalloc.start()
+    try:
+        ours = trainer(HPUInferenceAccelerator(defer_hooks=True), [writer, Traced()])
+        ours.predict(Net(), rows(numbers, 1), return_predictions=False)
+    finally:
+        tracemalloc.stop()
+    first, last = traced
+    assert (last - first) / (numbers * 2 / 3) < 256
 
 
 def live_tensors() -> int:

@@ -21,6 +21,8 @@ from lightning_hpu_infer.writing.fingerprint import fingerprint_of
 from lightning_hpu_infer.writing.opening import open_path
 
 Indices = npt.NDArray[np.int64]
+_ITEM_BYTES = 1024
+"""What a batch takes in the queue beside its prediction, so that very many small ones are bounded too: measured."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Session:
         ids = None if self._id_key is None else owned(to_host(_part(batch, self._id_key, where)))
         item = _Item(owned(to_host(prediction)), index, keep, loader, ids, where, self._batches)
         self._batches += 1
-        self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size_of(item.prediction), where)
+        size = size_of(item.prediction) + item.index.nbytes + _ITEM_BYTES
+        self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size, where)
 
     def close(self, *, complete: bool) -> None:
         """Write what waits, commit it, and let others use the folder.

@@ -21,6 +21,7 @@ from torch.utils.data import (
 from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
 from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observer import Lane
+from lightning_hpu_infer.writing import session
 from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import trainer
 from tests.writing.predicting import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
@@ -260,6 +261,21 @@ def test_the_report_has_the_writers_lane(tmp_path: Path) -> None:
     predict(tmp_path / "out", Scores(), DataLoader(Numbers(), 4), trace=tmp_path / "trace")
     spans, _ = chrome.read(tmp_path / "trace" / "trace.json")
     assert [span.batch for span in spans if span.lane == Lane.WRITER] == list(range(6))
+
+
+def test_small_predictions_have_a_size_in_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Millions of a few bytes each would fill the memory if the queue counted these bytes alone."""
+    sizes: list[int] = []
+
+    class Noting(session.Background[Any]):
+        def put(self, item: Any, nbytes: int, where: str = "") -> None:
+            sizes.append(nbytes)
+            super().put(item, nbytes, where)
+
+    monkeypatch.setattr(session, "Background", Noting)
+    predict(tmp_path, Scores(), DataLoader(Numbers(), 1))
+    assert len(sizes) == COUNT
+    assert min(sizes) > 1024
 
 
 def test_copies_have_no_run(tmp_path: Path) -> None:
