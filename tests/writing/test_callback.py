@@ -22,6 +22,7 @@ from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
 from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observer import Lane
 from lightning_hpu_infer.writing import session
+from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import trainer
 from tests.writing.predicting import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
@@ -267,7 +268,7 @@ def test_small_predictions_have_a_size_in_the_queue(tmp_path: Path, monkeypatch:
     """Millions of a few bytes each would fill the memory if the queue counted these bytes alone."""
     sizes: list[int] = []
 
-    class Noting(session.Background[Any]):
+    class Noting(Background[Any]):
         def put(self, item: Any, nbytes: int, where: str = "") -> None:
             sizes.append(nbytes)
             super().put(item, nbytes, where)
