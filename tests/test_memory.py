@@ -73,7 +73,7 @@ def test_a_writer_keeps_little_of_each_batch(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     first, last = traced
-    assert (last - first) / (numbers * 2 / 3) < 256
+    assert (last - first) / (numbers * 2 / 3) < 48
 
 
 def live_tensors() -> int:
