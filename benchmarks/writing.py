@@ -1,6 +1,6 @@
 """Predictions written while they are made: by `PredictionWriter`, by callbacks in the main thread, and not at all.
 
-    python -m benchmarks.writing [--batches 120] [--rounds 3] [--json FILE]
+    python -m benchmarks.writing [--batches 130] [--rounds 3] [--json FILE]
 
 In two mixes on the emulated HPU the device, or the dataset, takes 40 ms per batch and the other one 8; on the CPU a
 real network takes all of the time. A batch's prediction is `--rows` times 1024 float32. The callbacks to compare with
@@ -31,7 +31,7 @@ from benchmarks.common import BARE, console, finish, in_turn, parser, quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, emulator, read_predictions
 
 WIDTH = 1024
-FILL = 40
+FILL = 60
 """Batches that do not count."""
 
 
@@ -186,7 +186,7 @@ def row_of(arm: str, times: Sequence[float], ratios: Sequence[float]) -> list[st
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--batches", type=int, default=120, help=f"the first {FILL} do not count")
+    arguments.add_argument("--batches", type=int, default=130, help=f"the first {FILL} do not count")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--rows", type=int, default=256, help="per batch")
     options = arguments.parse_args()

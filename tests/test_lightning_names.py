@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import signal
 from functools import partial
 
 import lightning
@@ -81,3 +82,16 @@ def test_the_profilers_hooks_are_recognised_and_the_users_are_not() -> None:
         assert [_lightning.is_profilers_hook(hook) for hook in before.values()] == [True]
         assert [_lightning.is_profilers_hook(hook) for hook in after.values()] == [False, True]
     users.remove()
+
+
+def test_the_handlers_of_signals_are_where_ours_looks_for_them() -> None:
+    quiet = {"logger": False, "enable_checkpointing": False}
+    connector = Trainer(accelerator="cpu", **quiet)._signal_connector  # type: ignore[arg-type]
+    before = signal.getsignal(signal.SIGTERM)
+    connector.register_signal_handlers()
+    try:
+        assert connector._original_handlers[signal.SIGTERM] == before != signal.getsignal(signal.SIGTERM)
+        assert connector.received_sigterm is False
+    finally:
+        connector.teardown()
+    assert signal.getsignal(signal.SIGTERM) == before
