@@ -18,6 +18,8 @@ from tests.writing.ranked import COUNT
 
 SCRIPT = Path(__file__).with_name("ranked.py")
 
+pytestmark = pytest.mark.timeout(400)  # up to three launches, which have limits of their own
+
 
 def run_two(folder: Path, *, torchrun: bool = True, **options: Any) -> tuple[int, str]:
     with socket.socket() as free:
