@@ -21,6 +21,8 @@ from lightning_hpu_infer.writing.storage import Sink, Storage
 _log = logging.getLogger(__name__)
 
 ROW_GROUP_BYTES = 8 << 20
+_BATCH_BYTES = 1024
+"""What a batch takes in memory beside its values, so that very many small ones are bounded too."""
 
 
 class Shards:
@@ -165,7 +167,7 @@ class _Growing:
         self._pending.append(
             pa.RecordBatch.from_arrays([as_stored(each) for each in batch.columns], schema=self._stored)
         )
-        self._pending_bytes += batch.nbytes
+        self._pending_bytes += batch.nbytes + _BATCH_BYTES
         if self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
