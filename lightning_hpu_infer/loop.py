@@ -90,7 +90,7 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     @no_grad_context
     def _run(self, trace: Observer) -> Any:
-        self._observer, self._tuner = trace, None
+        before, self._observer, self._tuner = self._observer, trace, None
         self.setup_data()
         if self.skip:
             return None
@@ -110,10 +110,10 @@ class PipelinedPredictionLoop(PredictionLoop):
             with suppress(StopIteration), self._postprocess, ahead as prepared:
                 (self._predict_pipelined if self._is_pipelined(depth) else self._predict_in_order)(prepared)
         finally:
-            self._restarting = False
+            self._restarting, self._observer = False, before
             self._in_flight.clear()
             # An error's traceback holds this object; what was in flight must not live as long.
-            del self._hooks, self._observer, self._async_outputs, self._in_flight, self._postprocess
+            del self._hooks, self._async_outputs, self._in_flight, self._postprocess
         return self.on_run_end()
 
     def _predict_in_order(self, prepared: Prefetcher[Batch]) -> None:

@@ -35,7 +35,15 @@ class Census(Callback):
             self.device_bytes.append(emulator.stats().bytes_in_use)
 
 
-@pytest.mark.parametrize("flags", [{}, {"in_flight": 3, "prefetch": 6}, {"hpu_graphs": False}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        pytest.param({"in_flight": 3, "prefetch": 6}, marks=pytest.mark.full),
+        pytest.param({"hpu_graphs": False}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 def test_rule_10_memory_is_flat_over_2000_batches(flags: dict[str, Any], device: str) -> None:
     census = Census()
     tensors = live_tensors()

@@ -130,7 +130,13 @@ def flags(draw: random.Random) -> dict[str, Any]:
     "ignore:The network .* runs without graphs",
 )
 @pytest.mark.parametrize(
-    "seed", [0, 1, pytest.param(2, marks=pytest.mark.full), pytest.param(3, marks=pytest.mark.full)]
+    "seed",
+    [
+        0,
+        pytest.param(1, marks=pytest.mark.full),
+        pytest.param(2, marks=pytest.mark.full),
+        pytest.param(3, marks=pytest.mark.full),
+    ],
 )
 def test_rule_11_after_random_faults_nothing_is_left_and_the_next_run_is_right(seed: int, emulated: None) -> None:
     draw = random.Random(seed)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lightning_hpu_infer.cli import main
 from lightning_hpu_infer.verify.catalogue import checks
-from lightning_hpu_infer.verify.check import MODES, Kind, Mode, Result, Verdict
+from lightning_hpu_infer.verify.check import Kind, Mode, Result, Verdict
 from lightning_hpu_infer.verify.render import render
 from lightning_hpu_infer.verify.report import VerifyReport
 
@@ -33,7 +33,7 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["lazy", pytest.param("eager", marks=pytest.mark.full)])
 def test_verify_on_the_emulator(mode: Mode, tmp_path: Path) -> None:
     process = start(tmp_path, "--quick", "--mode", mode)
     try:

@@ -92,7 +92,7 @@ def a_profiler() -> Case:
     return Case(Net(), rows(9, 2), trainer={"profiler": "simple"})
 
 
-@case(captures=3, replays=6)
+@case(captures=1, replays=2)
 def a_pytorch_profiler() -> Case:
     profiler = PyTorchProfiler(dirpath=tempfile.gettempdir(), filename="profile", export_to_chrome=False)
     return Case(Net(), rows(9, 2), trainer={"profiler": profiler})
