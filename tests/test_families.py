@@ -79,6 +79,7 @@ def test_minilm_on_real_sentences_with_a_graph_per_bucket() -> None:
         assert emulator.stats().captures == captures
 
 
+@pytest.mark.full
 def test_the_sentence_example_runs() -> None:
     demo = Path(__file__).parents[1] / "examples" / "embed_sentences.py"
     command = [sys.executable, str(demo), "--limit", "48", "--batch-size", "8", "--length", "16"]

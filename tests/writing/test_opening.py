@@ -168,6 +168,7 @@ def hold(path: Path, ready: Any, worker: Any) -> None:
     signal.pause()
 
 
+@pytest.mark.usefixtures("path_without_vision")
 def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     """Its workers, which a DataLoader forks, live on for seconds."""
     context = multiprocessing.get_context("spawn")
