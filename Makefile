@@ -83,7 +83,7 @@ hooks: $(STAMP)
 
 # Other Lightning versions lie in folders of their own, laid over the same environment, and with them lightning-habana,
 # which cannot be imported on newer ones. `make smoke` is a part of `make test`; `make matrix` runs the tests on each.
-smoke: PYTEST_OPTIONS := -m smoke
+smoke: PYTEST_OPTIONS := -m "smoke and not full"
 smoke matrix: $(LIGHTNINGS:%=.matrix/%)
 	set -e; for version in $(LIGHTNINGS); do \
 		echo "Lightning $$version"; EXPECTED_LIGHTNING=$$version PYTHONPATH=$(CURDIR)/.matrix/$$version \

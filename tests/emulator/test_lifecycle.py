@@ -182,6 +182,7 @@ def test_paused_names_its_engines(emulated: None) -> None:
         pass
 
 
+@pytest.mark.full
 def test_a_spawned_process_may_install_though_it_inherits_the_path(emulated: None) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from lightning_hpu_infer import emulator\n"

@@ -195,6 +195,7 @@ def test_on_the_cpu_nothing_is_compiled_unless_asked_for() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.full
 def test_on_the_cpu_inductor_can_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler the step is compiled; without one it runs plainly. Either way the numbers are right."""
     # Inductor would set them permanently.

@@ -22,7 +22,9 @@ def predict_on_two(folder: Path, device: str, strategy: str) -> list[dict[str, A
     return ranks
 
 
-@pytest.mark.parametrize(("device", "strategy"), [("emulator", "hpu_infer_ddp"), ("cpu", "auto")])
+@pytest.mark.parametrize(
+    ("device", "strategy"), [("emulator", "hpu_infer_ddp"), pytest.param("cpu", "auto", marks=pytest.mark.full)]
+)
 def test_two_devices_predict_every_sample_once(device: str, strategy: str, tmp_path: Path) -> None:
     predict_on_two(tmp_path, device, strategy)
 

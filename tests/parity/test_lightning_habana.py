@@ -263,7 +263,7 @@ def test_an_accelerator_in_both_places_is_refused(habana: Any) -> None:
 # Its strategies for several devices
 
 
-@pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
+@pytest.mark.parametrize("strategy", ["HPUDDPStrategy", pytest.param("HPUParallelStrategy", marks=pytest.mark.full)])
 def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) -> None:
     code, output = launch(tmp_path, "emulator", strategy, "2")
     assert code == 0, output
@@ -275,7 +275,7 @@ def test_two_devices_predict_every_sample_once(strategy: str, tmp_path: Path) ->
     assert all(rank["replays"] > 0 for rank in ranks)
 
 
-@pytest.mark.parametrize("strategy", ["HPUDDPStrategy", "HPUParallelStrategy"])
+@pytest.mark.parametrize("strategy", ["HPUDDPStrategy", pytest.param("HPUParallelStrategy", marks=pytest.mark.full)])
 def test_strategy_for_several_devices_on_one(strategy: str, tmp_path: Path) -> None:
     code, output = launch(tmp_path, "emulator", strategy, "1")
     assert code == 0, output
