@@ -31,9 +31,8 @@ class Samples:
         loaders: Made by Lightning for prediction. They are changed: batches are made of other samples.
         max_batches: Batches that the run would take of each.
         by: What tells a sample's length, if batches are made in order of length.
-        done: Samples to leave out. They are not loaded.
-            For a dataloader whose samples have no indices, as many are left out at its beginning as there are; they
-            are loaded, and dropped.
+        done: Samples to leave out; None without a writer that keeps them. They are not loaded. For a dataloader whose
+            samples have no indices, as many are left out at its beginning as there are; they are loaded, and dropped.
 
     Raises:
         MisconfigurationException: If a sampler yields a sample several times and some are to be left out, or if batches
@@ -50,6 +49,7 @@ class Samples:
         done: Done | None = None,
     ) -> None:
         self._loaders = loaders
+        self._forgets = done is not None
         self.max_batches = list(max_batches)
         """Batches that the run takes of each dataloader."""
         self.totals = self.max_batches
@@ -89,9 +89,14 @@ class Samples:
         return [loader.batch_indices() for loader in self._reordered]
 
     def noted(self, note: Callable[[int, int], bool], batch: Batch) -> bool:
-        """Call what notes the indices of a batch for writers, and have Lightning forget them: it would keep all."""
+        """Call what notes the indices of a batch for writers.
+
+        Lightning keeps those of all batches. It is made to forget them where a writer of ours is to keep memory flat,
+        and nowhere else, since callbacks of the user's may look there.
+        """
         found = note(batch.batch_idx, batch.dataloader_idx)
-        forget_indices(self._loaders[batch.dataloader_idx], batch.batch_idx)
+        if self._forgets:
+            forget_indices(self._loaders[batch.dataloader_idx], batch.batch_idx)
         return found
 
     def without_skipped(self, fetcher: Any) -> Any:

@@ -15,8 +15,7 @@ from typing_extensions import override
 
 from lightning_hpu_infer._lightning import starts_processes
 from lightning_hpu_infer.ahead import has_modes
-from lightning_hpu_infer.ownership import owned
-from lightning_hpu_infer.transfer import to_host
+from lightning_hpu_infer.transfer import host_copy
 
 _PATIENCE = 2.0
 """Seconds after which a run that is to end is waited for with words."""
@@ -98,8 +97,10 @@ def _stream(trainer: Any, predict: Any, max_pending: int) -> Iterator[Any]:
         thread.join()
     finally:
         handover.stop()
-        _wait_for(thread)
-        trainer.callbacks.remove(deliver)
+        try:
+            _wait_for(thread)
+        finally:  # also after a second Ctrl-C
+            trainer.callbacks.remove(deliver)
     for error in errors:
         raise error
 
@@ -175,4 +176,4 @@ class _Deliver(BasePredictionWriter):
     @override
     def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
         # A copy, since the next step runs while the caller uses it.
-        self._handover.put(owned(to_host(prediction)))
+        self._handover.put(host_copy(prediction))

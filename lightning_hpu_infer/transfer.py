@@ -26,6 +26,15 @@ def to_host(data: Any) -> Any:
     return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=moves_itself, copies=True)
 
 
+def host_copy(data: Any) -> Any:
+    """A copy on the host that nobody else has. Waits for the device. Main thread only."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return copy_of(tensor) if tensor.device.type == "cpu" else tensor.cpu()
+
+    return to_host(owned(data, copied))  # objects that move themselves are moved last
+
+
 def fetch(data: Any, device: torch.device, observer: Observer, batch: int | None) -> Any:
     """Move what a step on `device` returned to the host, as `to_host` does, and tell waiting from copying."""
     observer.at(batch)

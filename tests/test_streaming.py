@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, stream
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, stream, streaming
 from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import Net, assert_equal, predict, rows, trainer
 
@@ -138,6 +138,23 @@ def test_callbacks_are_told_that_a_run_was_left(tmp_path: Any) -> None:
     assert found == list(range(len(found)))
     ours.predict(Net(), rows(40, 2))
     assert read_predictions(tmp_path)["index"].to_pylist() == list(range(40))
+
+
+def test_rule_11_a_second_ctrl_c_leaves_nothing_on_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: Any = trainer(HPUInferenceAccelerator())
+    callbacks = list(ours.callbacks)
+    wait_for = streaming._wait_for
+
+    def interrupted(thread: threading.Thread) -> None:
+        wait_for(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "_wait_for", interrupted)
+    predictions = stream(ours, Net(), rows(40, 2))
+    next(predictions)
+    with pytest.raises(KeyboardInterrupt):
+        predictions.close()  # type: ignore[attr-defined]
+    assert ours.callbacks == callbacks
 
 
 def test_predictions_are_the_callers_to_change() -> None:

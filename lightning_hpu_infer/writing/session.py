@@ -12,9 +12,8 @@ from lightning.pytorch import Trainer
 
 from lightning_hpu_infer.nested import size_of
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.ownership import owned
 from lightning_hpu_infer.samples import Done, has_indices, rows_of
-from lightning_hpu_infer.transfer import to_host
+from lightning_hpu_infer.transfer import host_copy
 from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.columns import Columns
 from lightning_hpu_infer.writing.fingerprint import fingerprint_of
@@ -113,8 +112,8 @@ class Session:
         )
         done = self.done.get(loader)
         keep = None if done is None else ~_isin_sorted(index, done)
-        ids = None if self._id_key is None else owned(to_host(_part(batch, self._id_key, where)))
-        item = _Item(owned(to_host(prediction)), index, keep, loader, ids, where, self._batches)
+        ids = None if self._id_key is None else host_copy(_part(batch, self._id_key, where))
+        item = _Item(host_copy(prediction), index, keep, loader, ids, where, self._batches)
         self._batches += 1
         size = size_of(item.prediction) + item.index.nbytes + _ITEM_BYTES
         self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size, where)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -289,6 +289,28 @@ def test_copies_have_no_run(tmp_path: Path) -> None:
     trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path), Copies()]).predict(
         Scores(), DataLoader(Numbers(), 4)
     )
+
+
+class Looks(BasePredictionWriter):
+    """Reads what Lightning has noted of all batches, as callbacks of users do."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.seen: Any = None
+
+    def write_on_batch_end(self, *_: Any) -> None: ...
+
+    def on_predict_end(self, t: Any, m: Any) -> None:
+        self.seen = list(t.predict_dataloaders.batch_sampler.seen_batch_indices)
+
+
+@pytest.mark.usefixtures("device")
+def test_rule_1_without_our_writer_lightning_remembers_the_indices_of_all_batches() -> None:
+    ours, stock = Looks(), Looks()
+    trainer(HPUInferenceAccelerator(), [ours]).predict(Scores(), DataLoader(Numbers(), 4))
+    trainer("cpu", [stock]).predict(Scores(), DataLoader(Numbers(), 4))
+    assert ours.seen == stock.seen
+    assert len(stock.seen) == 6
 
 
 @pytest.mark.parametrize(
