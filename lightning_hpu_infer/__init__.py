@@ -13,6 +13,7 @@ from lightning_hpu_infer.lengths.pad import Pad, PadSpec
 from lightning_hpu_infer.pipeline import InferencePipeline
 from lightning_hpu_infer.strategies import HPUInferenceDDPStrategy, HPUInferenceStrategy
 from lightning_hpu_infer.streaming import stream
+from lightning_hpu_infer.writing import check_pyarrow
 from lightning_hpu_infer.writing.callback import PredictionWriter
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ else:
 
     def __getattr__(name):
         if name in _WRITING:
+            check_pyarrow()
             return getattr(import_module(f"{__name__}.{_WRITING[name]}"), name)
         return object.__getattribute__(sys.modules[__name__], name)
 

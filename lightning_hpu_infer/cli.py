@@ -17,6 +17,7 @@ from lightning_hpu_infer.observe.render import render
 from lightning_hpu_infer.verify.check import MODES, Kind, Result, Verdict
 from lightning_hpu_infer.verify.render import render as render_verify
 from lightning_hpu_infer.verify.run import verify
+from lightning_hpu_infer.writing import check_pyarrow
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -134,7 +135,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _predictions(options: argparse.Namespace) -> int:
-    from lightning_hpu_infer.writing.describe import describe  # needs pyarrow, which is optional
+    check_pyarrow()
+    from lightning_hpu_infer.writing.describe import describe
 
     description = describe(options.path, verify=options.verify)
     sys.stdout.write(f"{description.to_json() if options.json else description}\n")

@@ -213,6 +213,21 @@ def test_importing_registers_and_does_nothing_else() -> None:
     assert python(code) == "1 True False"
 
 
+def test_pyarrow_is_needed_for_predictions_on_disk_alone() -> None:
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import lightning_hpu_infer as ours\n"
+        "from lightning_hpu_infer.cli import main\n"
+        "asks = lambda: ours.PredictionWriter('x'), lambda: ours.read_predictions, lambda: ours.iter_predictions\n"
+        "for ask in asks:\n"
+        "    try: ask()\n"
+        "    except ImportError as error: print(error)\n"
+        "print(main(['predictions', 'x']))"
+    )
+    message = "Predictions on disk need pyarrow: pip install 'lightning-hpu-infer[write]'"
+    assert python(code).splitlines() == [message] * 3 + ["2"]
+
+
 def test_the_environment_variable_installs_the_emulator() -> None:
     code = (
         "import lightning_hpu_infer; from lightning_hpu_infer import emulator\n"

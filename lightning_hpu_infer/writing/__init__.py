@@ -2,5 +2,8 @@
 
 from importlib.util import find_spec
 
-if find_spec("pyarrow") is None:
-    raise ImportError("Predictions on disk need pyarrow: pip install 'lightning-hpu-infer[write]'")
+
+def check_pyarrow() -> None:
+    """Raise ImportError, in words, if pyarrow is not installed. Modules that import it are imported after this."""
+    if find_spec("pyarrow") is None:
+        raise ImportError("Predictions on disk need pyarrow: pip install 'lightning-hpu-infer[write]'")

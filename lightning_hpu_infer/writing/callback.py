@@ -1,6 +1,5 @@
 """The callback that writes predictions to disk as they come, and lets a run go on where an earlier one stopped."""
 
-import importlib.util
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,10 @@ from typing_extensions import override
 from lightning_hpu_infer._lightning import note_sigterm_alone
 from lightning_hpu_infer.observer import Observer
 from lightning_hpu_infer.samples import Done
+from lightning_hpu_infer.writing import check_pyarrow
 
 if TYPE_CHECKING:
     from lightning_hpu_infer.writing.session import Session
-
-_NEEDS = "`PredictionWriter` needs pyarrow, which is not installed: pip install 'lightning-hpu-infer[write]'"
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -68,8 +66,7 @@ class PredictionWriter(BasePredictionWriter):
         id_key: str | None = None,
     ) -> None:
         super().__init__("batch")
-        if importlib.util.find_spec("pyarrow") is None:
-            raise ImportError(_NEEDS)
+        check_pyarrow()
         if isinstance(columns, str):
             raise TypeError(f"`columns` is the string {columns!r}. Pass a list of names: [{columns!r}].")
         for name, value in {
