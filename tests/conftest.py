@@ -1,5 +1,6 @@
 """Guards and devices for every test."""
 
+import logging
 import os
 import sys
 import threading
@@ -21,17 +22,18 @@ settings.load_profile("patient")
 
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
-    """A test leaves threads, environment variables and the emulator as it found them."""
+    """A test leaves threads, environment variables, the emulator and the log's levels as it found them."""
     before = _surroundings()
     yield
     assert _surroundings() == before
 
 
-def _surroundings() -> tuple[set[str], dict[str, str], bool]:
+def _surroundings() -> tuple[set[str], dict[str, str], bool, tuple[int, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     # Not ours: a DataLoader's feeder thread lives until its iterator is collected, tqdm's monitor for ever.
     threads = {thread.name for thread in threading.enumerate()} - {"QueueFeederThread", "tqdm_monitor"}
-    return threads, environment, emulator.is_installed()
+    levels = logging.root.manager.disable, logging.getLogger("lightning.pytorch").level
+    return threads, environment, emulator.is_installed(), levels
 
 
 @pytest.fixture

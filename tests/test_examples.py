@@ -1,6 +1,7 @@
 """Each example, on the CPU and on the emulated HPU: it compares itself with stock Lightning, and says what it found."""
 
 import importlib
+import logging
 import os
 import re
 import subprocess
@@ -32,8 +33,12 @@ MODULES = {name: imported(name) for name in sorted(HERE)}
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[Run]:
+def run(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, device: str
+) -> Iterator[Run]:
     """Runs an example in this process and returns what it prints."""
+    logger = logging.getLogger("lightning.pytorch")
+    caplog.set_level(logger.level, logger.name)  # examples change it, and the fixture restores what it was
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are small, and threads that wait for each other spin
 

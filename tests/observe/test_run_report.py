@@ -9,14 +9,13 @@ import torch
 
 from lightning_hpu_infer import HPUInferenceAccelerator
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.observe import chrome
 from lightning_hpu_infer.observe import run as tracing
 from lightning_hpu_infer.observe import spans as trace
 from lightning_hpu_infer.observe.advice import Setup
 from lightning_hpu_infer.observe.analyse import analyse
 from lightning_hpu_infer.observe.report import Counters, Report
 from lightning_hpu_infer.observe.spans import Span
-from lightning_hpu_infer.observer import Lane
+from lightning_hpu_infer.observer import Lane, Stage
 from tests.helpers import Net, predict, rows
 from tests.observe.simulate import S, printed
 
@@ -35,13 +34,21 @@ def test_of_a_long_run_the_part_that_all_threads_kept_is_judged(
     assert (whole.report.truncated, whole.report.batches) == (False, 100)
     assert long.report.truncated
     assert 10 < long.report.batches < 40
-    spans, _ = chrome.read(tmp_path / "trace.json")
-    # The thread made fewer spans per batch, and so has kept older batches than the main thread.
-    begins = [min(span.start for span in spans if span.lane == lane) for lane in {span.lane for span in spans}]
-    assert max(begins) - min(begins) < 0.2 * long.report.seconds
     assert "Only this last part of the run was recorded" in printed(long.report)
     assert "Only this last part" not in printed(whole.report)
     assert Report.from_json(long.report.to_json()) == long.report
+
+
+def test_what_only_one_thread_kept_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "deque", lambda maxlen: deque(maxlen=6))
+    recorded = trace.Trace()
+    for batch in range(10):
+        recorded.add(Stage.FETCH, Lane.PREFETCH, batch, batch + 0.9, batch)
+        for part in (0.0, 0.25, 0.5):
+            recorded.add(Stage.LAUNCH, Lane.MAIN, batch + part, batch + part + 0.25, batch)
+    kept = {lane: [span.batch for span in recorded.spans() if span.lane == lane] for lane in (Lane.PREFETCH, Lane.MAIN)}
+    assert kept == {Lane.PREFETCH: [4, 5, 6, 7, 8, 9], Lane.MAIN: [8, 8, 8, 9, 9, 9]}
+    assert recorded.complete_from == 8.25
 
 
 @pytest.mark.usefixtures("emulated")
