@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.links import explained
-from lightning_hpu_infer.nested import map_leaves, map_tensors
+from lightning_hpu_infer.nested import map_leaves, map_tensors, tensors_in
 from lightning_hpu_infer.observer import Observer, Stage
 from lightning_hpu_infer.ownership import copy_of, moves_itself, owned
 
@@ -131,19 +131,21 @@ class AsyncOutputs:
         self._buffers = PinnedBuffers()
         self._verified: Counter[tuple[torch.dtype, int]] = Counter()
 
-    def can_copy(self, tensor: Tensor) -> bool:
-        """Whether a tensor can be copied without waiting; the bridge waits where it converts on the host."""
-        return (
-            self.usable
-            and tensor.layout is torch.strided
-            and tensor.is_contiguous()
-            and tensor.numel() > 0
-            and not _habana.cast_on_host(tensor.dtype)
-        )
+    def can_copy(self, output: Any) -> bool:
+        """Whether an output can be copied without waiting: all tensors of it, or none.
+
+        Copies to the host run one after the other. One that is waited for, when its batch is the oldest, would run
+        behind those that later batches have enqueued already, and so wait for their programs.
+        """
+        return self.usable and all(map(self._can_copy, filter(_is_copied, tensors_in(output))))
+
+    def _can_copy(self, tensor: Tensor) -> bool:
+        # Where the bridge converts on the host, it waits.
+        return tensor.layout is torch.strided and not _habana.cast_on_host(tensor.dtype)
 
     def snapshot(self, tensor: Tensor) -> Tensor:
         """A copy on the device that can be copied to the host without waiting."""
-        return (tensor.flatten() if _habana.is_lazy() else tensor).clone()
+        return tensor.flatten().clone()
 
     def start(self, snapshot: Tensor) -> Tensor:
         """Enqueue the copy of a snapshot; returns the buffer, which is filled once a later event is done."""
@@ -151,17 +153,18 @@ class AsyncOutputs:
         buffer.copy_(snapshot, non_blocking=True)
         return buffer
 
-    def take(self, buffer: Tensor, snapshot: Tensor, shape: torch.Size) -> Tensor:
-        """The copy in a buffer that is filled, in memory of its own, of the shape of the output."""
-        # Whoever gets the output may keep it.
-        value = buffer.clone()
-        self._buffers.give_back(buffer)
-        kind = (snapshot.dtype, len(shape))
+    def take(self, buffer: Tensor, snapshot: Tensor, like: Tensor) -> Tensor:
+        """The copy in a buffer that is filled, in memory of its own, of the shape and strides of `like`."""
+        kind = (snapshot.dtype, like.dim())
         if self.usable and self._verified[kind] < self.VERIFIED:
             self._verified[kind] += 1
-            if not _equal_bytes(value, snapshot.cpu()):
-                self.give_up(f"an output of {snapshot.dtype} and shape {tuple(shape)} arrived with other values")
-        return (value if self.usable else snapshot.cpu()).view(shape)
+            if not _equal_bytes(buffer, snapshot.cpu()):
+                self.give_up(f"an output of {snapshot.dtype} and shape {tuple(like.shape)} arrived with other values")
+        # Whoever gets the output may keep it.
+        value = torch.empty_like(like, device=_HOST)
+        value.copy_((buffer if self.usable else snapshot.cpu()).view(like.shape))
+        self._buffers.give_back(buffer)
+        return value
 
     def give_up(self, reason: str) -> None:
         """Copy no more without waiting, and say so."""
@@ -173,6 +176,11 @@ class AsyncOutputs:
         )
 
 
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether the device has anything to copy."""
+    return tensor.device.type == _habana.DEVICE_TYPE and tensor.numel() > 0
+
+
 def _equal_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
@@ -181,7 +189,8 @@ class _Copy(NamedTuple):
     """The copy of one tensor of an output, under way."""
 
     snapshot: Tensor
-    shape: torch.Size
+    like: Tensor
+    """On the meta device: its shape, and the strides that its copy on the host has."""
     buffer: Tensor
 
 
@@ -202,7 +211,7 @@ class PendingOutput:
         output: Any collection, tensors of it on any device.
         device: Where the step was launched.
         fetch: Whether anybody wants the output on the host.
-        asynchronous: Copies that need no wait. What the bridge can only copy and wait is still copied late.
+        asynchronous: Copies that need no wait. An output that the bridge can copy only in part so is copied late.
         observer: Observes the wait and the copy.
         batch: The batch's index, for the observer.
     """
@@ -258,13 +267,16 @@ class PendingOutput:
 
     def _snapshots(self, output: Any) -> Any:
         """The output in new containers, with copies of its tensors, whose copies to the host are enqueued."""
-        flat: list[tuple[Tensor, torch.Size]] = []
+        flat: list[tuple[Tensor, Tensor]] = []
         asynchronous = self._asynchronous
+        if asynchronous is not None and not asynchronous.can_copy(output):
+            asynchronous = None
 
         def snapshot(tensor: Tensor) -> Tensor:
-            if tensor.device.type != _habana.DEVICE_TYPE or asynchronous is None or not asynchronous.can_copy(tensor):
+            if asynchronous is None or not _is_copied(tensor):
                 return tensor.clone()
-            flat.append((asynchronous.snapshot(tensor), tensor.shape))
+            like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            flat.append((asynchronous.snapshot(tensor), like))
             return flat[-1][0]
 
         output = map_tensors(snapshot, output, copies=True)
@@ -272,8 +284,8 @@ class PendingOutput:
             # Not with the next step: its end would be waited for.
             _habana.mark_step()
         if asynchronous is not None:
-            for copy, shape in flat:
-                self._copies[id(copy)] = _Copy(copy, shape, asynchronous.start(copy))
+            for copy, like in flat:
+                self._copies[id(copy)] = _Copy(copy, like, asynchronous.start(copy))
         return output
 
     def _move(self, output: Any) -> Any:
@@ -285,4 +297,4 @@ class PendingOutput:
         copy = self._copies.get(id(tensor))
         if copy is None or self._asynchronous is None:
             return tensor
-        return self._asynchronous.take(copy.buffer, copy.snapshot, copy.shape)
+        return self._asynchronous.take(copy.buffer, copy.snapshot, copy.like)

@@ -10,9 +10,9 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, emulator
+from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, _habana, emulator
 from lightning_hpu_infer.nested import map_tensors
-from lightning_hpu_infer.transfer import AsyncOutputs
+from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput
 from tests.helpers import Broken, BrokenStep, Net, assert_equal, assert_like_stock, predict, rows, trainer
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -165,6 +165,33 @@ def test_launching_goes_on_while_nothing_is_copied() -> None:
             assert emulator.stats().d2h_non_blocking == 6
         found = [pipeline.pop() for _ in range(6)]
     torch.testing.assert_close(torch.cat(found), module.cpu().net(torch.cat(list(rows(12, 2)))))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.int32])
+def test_an_output_does_not_wait_for_copies_of_a_later_one(dtype: torch.dtype) -> None:
+    """Copies to the host run in order: one that is waited for must not stand behind one of a later batch."""
+    outputs, device = AsyncOutputs(), torch.device("hpu", 0)
+
+    def launched() -> PendingOutput:
+        scores = torch.ones(2, 3, device=device) * 2
+        return PendingOutput({"scores": scores, "best": scores.to(dtype)}, device, asynchronous=outputs)
+
+    for _ in range(AsyncOutputs.VERIFIED):
+        launched().result()
+    first = launched()
+    _habana.synchronize()
+    held = emulator.paused("compute")
+    held.__enter__()
+    gives_up = threading.Timer(20, held.__exit__, (None, None, None))
+    gives_up.start()
+    later = launched()
+    found = first.result()
+    assert gives_up.is_alive()
+    gives_up.cancel()
+    gives_up.join()
+    held.__exit__(None, None, None)
+    expected = {"scores": torch.full((2, 3), 2.0), "best": torch.full((2, 3), 2, dtype=dtype)}
+    assert_equal([found, later.result()], [expected, expected])
 
 
 class Look(Callback):
