@@ -9,10 +9,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from operator import itemgetter
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -99,9 +99,11 @@ class _Callback:
     Dynamo reads settings only while it compiles, so patching them here costs a compiled call nothing.
     """
 
-    def __init__(self, inner: Any, failed: Callable[[Exception], None], took: Callable[[float], None]) -> None:
+    def __init__(
+        self, inner: Any, failed: Callable[[Exception], None], timed: Callable[[Callable[[], Any]], Any]
+    ) -> None:
         self._inner = inner
-        self._failed, self._took = failed, took
+        self._failed, self._timed = failed, timed
         self._settings = _settings()
         self._skipped: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
         """Code of frames that could not be traced."""
@@ -112,12 +114,11 @@ class _Callback:
     def __call__(self, frame: Any, *args: Any, **kwargs: Any) -> Any:
         if frame.f_code in self._skipped:
             return _skip()
-        start = perf_counter()
         try:
             with kept_by_others(), dynamo_config.patch(**self._settings), warnings.catch_warnings():
                 # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
-                result = self._inner(frame, *args, **kwargs)
+                result = self._timed(partial(self._inner, frame, *args, **kwargs))
             # Otherwise Dynamo would never ask again for this code, whichever model calls it.
             if getattr(result, "guarded_code", None) is None and _may_suit_another_model(frame.f_code):
                 self._skipped.add(frame.f_code)
@@ -127,8 +128,6 @@ class _Callback:
             self._skipped.add(frame.f_code)
             self._failed(error)
             return _skip()
-        finally:
-            self._took(perf_counter() - start)
 
 
 def _may_suit_another_model(code: types.CodeType) -> bool:
@@ -152,7 +151,7 @@ def compile_function(
     function: Callable[..., Any],
     backend: Callable[..., Any],
     failed: Callable[[Exception], None],
-    took: Callable[[float], None],
+    timed: Callable[[Callable[[], Any]], Any],
 ) -> Callable[..., Any]:
     """`torch.compile` with Dynamo's settings patched while it compiles, and errors passed on instead of raised.
 
@@ -160,7 +159,7 @@ def compile_function(
         function: What to compile. Dynamo keeps compiled code with a function's code object: see `with_its_code`.
         backend: Called with each FX graph and its example inputs.
         failed: Called with an error of Dynamo's for a frame, which runs as plain Python then.
-        took: Called with the seconds that Dynamo, including the backend, spent on a frame.
+        timed: Called with the function by which Dynamo, including the backend, compiles a frame; returns its result.
             These three are methods of an object that outlives the result, which does not keep it alive.
 
     Returns:
@@ -177,7 +176,7 @@ def compile_function(
         return function
     # Dynamo keeps backends there for `torch._dynamo.reset()`, as long as the process lives.
     eval_frame.cached_backends.pop(id(backend), None)
-    context.callback = _Callback(context.callback, _weakly(failed), _weakly(took))
+    context.callback = _Callback(context.callback, _weakly(failed), _weakly(timed))
     return context(function)  # type: ignore[no-any-return]
 
 

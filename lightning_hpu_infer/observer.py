@@ -40,6 +40,8 @@ class Stage(str, Enum):
     START_HOOKS = "start hooks"
     LAUNCH = "launch"
     """`predict_step`, until all its work is enqueued."""
+    TRACE = "trace"
+    """TorchDynamo traces the step, or traces it anew. Inside of `LAUNCH`."""
     CAPTURE = "capture"
     """A traced graph's first calls for a shape: plain, captured, verified. Inside of `LAUNCH`."""
     REPLAY = "replay"

@@ -41,10 +41,14 @@ class GraphCounts:
     def __str__(self) -> str:
         text = (
             f"Graphs: {self.traces} traced in {self.trace_seconds:.1f} s, {self.captures} captured,"
-            f" {self.replays} replays, {self.plain_calls} calls without a graph."
+            f" {self.replays} replays, {_calls(self.plain_calls)} without a graph."
         )
         for reason, times in self.reasons.most_common(3):
-            text += f" {times} {'call' if times == 1 else 'calls'}: {reason}."
+            text += f" {_calls(times)}: {reason}."
         if self.evictions:
             text += f" {self.evictions} graphs were dropped for newer ones: raise `max_graphs`, or use fewer shapes."
         return text
+
+
+def _calls(number: int) -> str:
+    return f"{number} call{'' if number == 1 else 's'}"

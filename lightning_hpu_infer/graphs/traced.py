@@ -4,6 +4,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_hpu_infer.graphs.examine import Examination, NotCapturable
 from lightning_hpu_infer.graphs.split import rewrite_masks, split
 from lightning_hpu_infer.lengths.pad import PadSpec
 from lightning_hpu_infer.nested import tensors_in
+from lightning_hpu_infer.observer import Stage
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -98,7 +100,7 @@ class TracedCall:
         if variant is None:
             traced = _torch.with_its_code(self._template)
             weakref.finalize(self, _torch.forget_compiled, traced).atexit = False
-            variant = _torch.compile_function(traced, self._backend, self._fails, self._took)
+            variant = _torch.compile_function(traced, self._backend, self._fails, self._timed)
             self._variants[key] = variant
         traces = self._context.counts.traces
         with _torch.dynamic_dims(self._dynamic_dims(args, kwargs) if self._come_again else []):
@@ -227,8 +229,12 @@ class TracedCall:
 
         return plain
 
-    def _took(self, seconds: float) -> None:
-        self._context.counts.trace_seconds += seconds
+    def _timed(self, trace: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        try:
+            return self._context.timed(Stage.TRACE, trace)
+        finally:
+            self._context.counts.trace_seconds += perf_counter() - start
 
     def _fails(self, error: Exception) -> None:
         """Called by Dynamo's callback when a frame was not traced, and runs as Python."""

@@ -101,7 +101,7 @@ class _Advice:
 
     def on_launch(self) -> str:
         stage, on, counters, batches = self._stage, self._flags, self._report.counters, self._report.batches
-        compiles = stage in (Stage.CAPTURE, Stage.COMPILE)
+        compiles = stage in (Stage.TRACE, Stage.CAPTURE, Stage.COMPILE)
         if on is not None:
             # The first batch of every shape always runs plainly.
             plain = counters.plain_calls - counters.captures
@@ -119,11 +119,11 @@ class _Advice:
             if not compiles and on.in_flight_depth("hpu") == 0:
                 return "Pass `in_flight=1`: the next batch is launched before this one's output is waited for."
         if compiles:
-            captured = f" ({counters.captures} graphs for {batches} batches)" if counters.captures else ""
+            captured = f" (captures: {counters.captures}, batches: {batches})" if counters.captures else ""
             buckets = "" if self._foreign else " (`bucket_lengths`, and a full last batch)"
             return (
-                f"Captures and compilations are paid once per input shape{captured}: predict more batches in one run,"
-                f" or pad them to a few shapes{buckets}."
+                f"Tracing, captures and compilations are paid once per input shape{captured}: predict more batches in"
+                f" one run, or pad them to a few shapes{buckets}."
             )
         if stage == Stage.START_HOOKS:
             return f"Make `on_predict_batch_start` hooks cheaper ({self._each})."

@@ -65,16 +65,16 @@ class Runs:
         def failed(error: Exception) -> None:
             raise error
 
-        self._failed, self._took = self._Method(failed), self._Method(lambda seconds: None)
+        self._failed, self._timed = self._Method(failed), self._Method(lambda trace: trace())
         copied = _torch.with_its_code(lambda model, x: function(model, x))
-        return _torch.compile_function(copied, self.__call__, self._failed.call, self._took.call)
+        return _torch.compile_function(copied, self.__call__, self._failed.call, self._timed.call)
 
     class _Method:
-        def __init__(self, function: Callable[[Any], None]) -> None:
+        def __init__(self, function: Callable[[Any], Any]) -> None:
             self._function = function
 
-        def call(self, argument: Any) -> None:
-            self._function(argument)
+        def call(self, argument: Any) -> Any:
+            return self._function(argument)
 
 
 def inputs(device: str) -> tuple[Model, Tensor]:

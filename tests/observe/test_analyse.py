@@ -213,7 +213,7 @@ def test_captures_dominate_a_short_run() -> None:
     assert (report.verdict, report.severity) == (Verdict.LAUNCH, Severity.HIGH)
     assert report.main_cause is not None
     assert report.main_cause.stage == S.CAPTURE
-    assert "1 graphs for 6 batches" in report.advice
+    assert "captures: 1, batches: 6" in report.advice
     assert "more batches" in report.advice
 
 
