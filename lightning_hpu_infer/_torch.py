@@ -28,7 +28,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from lightning_hpu_infer.randomness import kept_by_others
+from lightning_hpu_infer.randomness import tracing
 
 __all__ = [
     "ClassFunctions",
@@ -115,7 +115,7 @@ class _Callback:
         if frame.f_code in self._skipped:
             return _skip()
         try:
-            with kept_by_others(), dynamo_config.patch(**self._settings), warnings.catch_warnings():
+            with tracing(), dynamo_config.patch(**self._settings), warnings.catch_warnings():
                 # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
                 result = self._timed(partial(self._inner, frame, *args, **kwargs))

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_hpu_infer.randomness import Drawing
+from lightning_hpu_infer.randomness import drawing
 
 T = TypeVar("T")
 
@@ -153,7 +153,6 @@ class Prefetcher(Generic[T]):
     def _produce(self) -> None:
         error: BaseException | None = None
         hands_over = False
-        drawing = Drawing()
         try:
             with self._context():
                 while not hands_over and self._reserve():

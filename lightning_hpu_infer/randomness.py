@@ -8,20 +8,18 @@ from typing import Any
 
 _PATIENCE_SECONDS = 10.0
 _drawing = threading.RLock()
-_restored = 0
-"""How often something restored the state."""
+_undone: Any = None
+"""The state of Python's generator that a trace goes back from, if anything was drawn while the trace waited."""
 
 
 @contextmanager
 def kept_by_others() -> Iterator[None]:
-    """Surround work that restores the random state that it found, as TorchDynamo does with each frame it traces.
+    """Surround work that restores the random state that it found.
 
-    Numbers that other threads drew meanwhile would be drawn a second time (torch 2.13 `_dynamo/convert_frame.py`). So
-    it waits until they have drawn, for 10 seconds at most: they may be waiting for this thread themselves.
+    Numbers that other threads drew meanwhile would be drawn a second time. So it waits until they have drawn, for 10
+    seconds at most: they may be waiting for this thread themselves.
     """
-    global _restored
     acquired = _drawing.acquire(timeout=_PATIENCE_SECONDS)
-    _restored += 1
     try:
         yield
     finally:
@@ -29,23 +27,30 @@ def kept_by_others() -> Iterator[None]:
             _drawing.release()
 
 
-class Drawing:
-    """Work beside the main thread that may draw random numbers, such as a dataset's. For one thread."""
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Surround what TorchDynamo's callback does with a frame, which restores the state (torch 2.13 `convert_frame.py`).
 
-    def __init__(self) -> None:
-        self._seen = _restored
-        self._left: Any = None
+    Around the callback, in C, Python's generator is restored as well (torch 2.13 `eval_frame_cpp.cpp`), to before what
+    was drawn while this waits. The next `drawing` goes on from there.
+    """
+    global _undone
+    before = random.getstate()
+    with kept_by_others():
+        if (now := random.getstate()) != before:
+            _undone = now
+        yield
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Surround a piece of that work. Waits while something restores the state."""
-        with _drawing:
-            if self._seen != _restored and self._left is not None:
-                # Around the callback of a trace, in C, Python's own generator is restored as well (torch 2.13
-                # `eval_frame_cpp.cpp`), to before what was drawn while the trace waited for it.
-                random.setstate(self._left)
-            self._seen = _restored
-            try:
-                yield
-            finally:
-                self._left = random.getstate()
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Surround work beside the main thread that may draw random numbers, such as a dataset's. For one thread.
+
+    Waits while something restores the state.
+    """
+    global _undone
+    with _drawing:
+        if _undone is not None:
+            random.setstate(_undone)
+            _undone = None
+        yield

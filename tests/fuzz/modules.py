@@ -11,6 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_hpu_infer.nested import map_tensors, tensors_in
+from lightning_hpu_infer.transfer import to_host
 from tests.fuzz.data import content
 from tests.fuzz.listeners import CHANGES, Fault, Log
 from tests.fuzz.networks import Features, Network
@@ -191,6 +193,7 @@ class Module(LightningModule):
         self.net = Network(choices.network, fault if fault.stage == "network" else None)
         self.step_of, self.output_of = STEPS[choices.step], OUTPUTS[choices.output]
         self.change = CHANGES[choices.change] if choices.when == "step" else None
+        self.postprocess = POSTPROCESSES[choices.postprocess]
         self.change_at, self.training_mode = choices.at, choices.training
         self.steps, self.box = 0, dict[str, Any]()
         self.last: Tensor | None = None
@@ -277,6 +280,39 @@ HOOKS: dict[str, type[Module]] = {
 }
 
 
+def _scaled(output: Any) -> Any:
+    return {"scaled": map_tensors(lambda tensor: tensor * 2, output, copies=True)}
+
+
+def _summed(output: Any) -> list[Any]:
+    return [type(output).__name__, *(float(tensor.double().sum()) for tensor in tensors_in(output))]
+
+
+def _fails(output: Any) -> Any:
+    """Raises for the batches of a few rows."""
+    if any(tensor.dim() and len(tensor) == 1 for tensor in tensors_in(output)):
+        raise ValueError("too few rows")
+    return output
+
+
+# Post-processing: the step calls it in stock Lightning, the plugin as `postprocess`. Gets host tensors.
+POSTPROCESSES: dict[str, Callable[[Any], Any] | None] = {
+    "none": None,
+    "scaled": _scaled,
+    "summed": _summed,
+    "same": lambda output: output,
+    "fails": _fails,
+}
+
+
+class Postprocessed(Module):
+    """Its step does what `postprocess` does."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        assert self.postprocess is not None
+        return self.postprocess(to_host(super().predict_step(batch, batch_idx, dataloader_idx)))
+
+
 class Before(Module):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.fault.pass_by("before")
@@ -289,10 +325,13 @@ class After(Module):
         return super().on_after_batch_transfer(batch, dataloader_idx)
 
 
-def make_module(choices: Any, log: Log, fault: Fault) -> Module:
-    bases: tuple[type[Module], ...] = (HOOKS[choices.hook],)
+def make_module(choices: Any, log: Log, fault: Fault, *, postprocesses: bool) -> Module:
+    """The module of a program; `postprocesses` if its step does the post-processing."""
+    bases: list[type[Module]] = []
+    if postprocesses and choices.postprocess != "none":
+        bases.append(Postprocessed)
     if fault.stage in ("before", "after"):
-        bases = (Before if fault.stage == "before" else After, *bases)
-        if bases[1] is Module:
-            bases = bases[:1]
-    return type("Fuzzed", bases, {})(choices, log, fault)
+        bases.append(Before if fault.stage == "before" else After)
+    if choices.hook != "none" or not bases:
+        bases.append(HOOKS[choices.hook])
+    return type("Fuzzed", tuple(bases), {})(choices, log, fault)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from tests.fuzz.listeners import CALLBACKS, CHANGES
-from tests.fuzz.modules import HOOKS, OUTPUTS, STEPS
+from tests.fuzz.modules import HOOKS, OUTPUTS, POSTPROCESSES, STEPS
 from tests.fuzz.networks import NETWORKS
 from tests.parity.flags import VALUES
 
@@ -16,8 +16,8 @@ FLAGS: dict[str, tuple[Any, ...]] = {name: values for name, values in VALUES.ite
     "hpu_graphs": ("insist", True, False),
     "graph_modules": (None, ("net.body.first",)),
 }
-"""Flags of the accelerator, the default first, but for `postprocess`, which makes hooks late by itself. Graphs
-are insisted on, as these runs are too short for them."""
+"""Flags of the accelerator, the default first; `postprocess` is a choice of the program. Graphs are insisted on, as
+these runs are too short for them."""
 
 
 def one_of(*values: Any, odds: float = 0.4) -> Any:
@@ -36,6 +36,7 @@ class Program:
     network: str = named(NETWORKS, 0.85)
     step: str = named(STEPS, 0.6)
     output: str = named(OUTPUTS, 0.7)
+    postprocess: str = named(POSTPROCESSES, 0.2)
     training: bool = one_of(False, True, odds=0.15)
     """Whether the network is in training mode."""
 
