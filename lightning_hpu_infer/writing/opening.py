@@ -5,7 +5,8 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,8 @@ from lightning_hpu_infer.writing.ranges import indices_of
 from lightning_hpu_infer.writing.schemas import united
 from lightning_hpu_infer.writing.shards import Shards, is_ours
 from lightning_hpu_infer.writing.storage import Storage, storage_at
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -59,7 +62,7 @@ def open_path(
     fingerprint: Fingerprint,
     resume: bool = True,
     overwrite: bool = False,
-    barrier: Callable[[], None] = lambda: None,
+    agree: Callable[[bool], bool] = bool,
 ) -> Opened:
     """Open a folder of predictions for a rank, which all ranks of the run do at once.
 
@@ -70,36 +73,58 @@ def open_path(
         fingerprint: What the run depends on. If predictions are there, they have to be of the same.
         resume: Whether to go on if predictions are there.
         overwrite: Whether to remove them first. Only what such runs write is removed.
-        barrier: Waits for all ranks.
+        agree: Waits for all ranks, and tells whether what each of them gave is true.
 
     Raises:
         FileExistsError: If the folder holds something else; or predictions, and neither `resume` nor `overwrite` is
             set.
-        RuntimeError: If another run writes to it.
+        RuntimeError: If another run writes to it, or any of this happens to another rank.
         ValueError: If the predictions that are there are of another fingerprint, or of types that do not go together.
     """
     storage = storage_at(path)
-    _refuse_others(storage)
-    lock = None if storage.local is None else Lock(storage.local, rank)
-    try:
+    locks: list[Lock] = []
+
+    def enter() -> None:
+        _refuse_others(storage)
+        if storage.local is not None:
+            locks.append(Lock(storage.local, rank))
         if overwrite and rank == 0:
             _remove(storage)
-        barrier()
-        fingerprint = json.loads(json.dumps(fingerprint))
-        _compare(all_manifests(storage), fingerprint, storage, resume=resume)
-        manifest = _own(storage, rank, world, fingerprint)
+
+    def begin() -> Manifest:
+        here = json.loads(json.dumps(fingerprint))
+        _compare(all_manifests(storage), here, storage, resume=resume)
+        manifest = _own(storage, rank, world, here)
         if rank == 0:
             _tidy_others(storage, world)
-        barrier()
+        return manifest
+
+    def look() -> tuple[pa.Schema | None, dict[int, NDArray[np.int64]]]:
         manifests = all_manifests(storage)
-        schema = united(each.schema for each in manifests)
-        done = _done(storage, manifests)
-        barrier()  # Nobody commits before all have looked.
+        return united(each.schema for each in manifests), _done(storage, manifests)
+
+    together = partial(_together, agree, path)
+    try:
+        together(enter)
+        manifest = together(begin)
+        schema, done = together(look)  # Nobody commits before all have looked.
     except BaseException:
-        if lock is not None:
+        for lock in locks:
             lock.release()
         raise
-    return Opened(storage=storage, manifest=manifest, done=done, schema=schema, _lock=lock)
+    return Opened(storage=storage, manifest=manifest, done=done, schema=schema, _lock=locks[0] if locks else None)
+
+
+def _together(agree: Callable[[bool], bool], path: object, part: Callable[[], T]) -> T:
+    """Do a part of the opening, and wait until all ranks have done it. If one cannot, none goes on."""
+    try:
+        result = part()
+    except Exception:
+        agree(False)
+        raise
+    if not agree(True):
+        raise RuntimeError(f"Another rank could not open {path}, so nothing is predicted. Its error says why.")
+    return result
 
 
 def _refuse_others(storage: Storage) -> None:

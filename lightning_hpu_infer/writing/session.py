@@ -71,7 +71,7 @@ class Session:
             fingerprint=fingerprint_of(trainer, trainer.lightning_module, loaders),
             resume=writer.resume,
             overwrite=writer.overwrite,
-            barrier=trainer.strategy.barrier,
+            agree=trainer.strategy.reduce_boolean_decision,
         )
         try:
             self.done: Done = {number: self._of_rank(number, found) for number, found in self._opened.done.items()}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.lock import Lock
 from lightning_hpu_infer.writing.manifest import MANIFEST, Manifest, all_manifests
 from lightning_hpu_infer.writing.opening import Opened, open_path
 from lightning_hpu_infer.writing.storage import LocalStorage
@@ -193,13 +194,11 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
 def test_ranks_that_open_at_once_agree(tmp_path: Path, overwrite: bool) -> None:
     for rank in range(4):
         run(tmp_path, range(rank, 40, 4), rank, 4)
-    barrier = threading.Barrier(3)
+    agree = Agreement(3)
     found: dict[int, Opened] = {}
 
     def open_as(rank: int) -> None:
-        found[rank] = open_path(
-            tmp_path, rank, 3, fingerprint={"model": "a"}, overwrite=overwrite, barrier=lambda: void(barrier.wait(30))
-        )
+        found[rank] = open_path(tmp_path, rank, 3, fingerprint={"model": "a"}, overwrite=overwrite, agree=agree)
         # Who is through first begins to write at once.
         shards = found[rank].shards(rows_per_file=4)
         write_batches(shards, Columns(), batches_of(range(100 + rank, 112 + rank)))
@@ -216,7 +215,48 @@ def test_ranks_that_open_at_once_agree(tmp_path: Path, overwrite: bool) -> None:
         assert {loader: indices.tolist() for loader, indices in found[rank].done.items()} == expected
 
 
-def void(_: object) -> None: ...
+@pytest.mark.parametrize("reason", ["lock", "fingerprint"])
+def test_if_one_rank_cannot_open_none_does(tmp_path: Path, reason: str) -> None:
+    for rank in range(2):
+        run(tmp_path, range(rank, 8, 2), rank, 2)
+    agree, errors = Agreement(2), dict[int, str]()
+
+    def open_as(rank: int) -> None:
+        fingerprint = {"model": "b" if rank == 1 and reason == "fingerprint" else "a"}
+        try:
+            open_path(tmp_path, rank, 2, fingerprint=fingerprint, agree=agree)
+        except Exception as error:
+            errors[rank] = str(error)
+
+    other = Lock(tmp_path, 1) if reason == "lock" else None
+    threads = [threading.Thread(target=open_as, args=(rank,), name=f"rank {rank}") for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if other is not None:
+        other.release()
+    assert set(errors) == {0, 1}
+    assert errors[0].startswith(f"Another rank could not open {tmp_path}")
+    assert not errors[1].startswith("Another rank")
+    assert done(tmp_path, world=2) == {0: list(range(8))}  # nobody is left in it
+
+
+class Agreement:
+    """What ranks agree on, here threads."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier = threading.Barrier(ranks)
+        self._given: list[bool] = []
+
+    def __call__(self, given: bool) -> bool:
+        self._given.append(given)
+        self._barrier.wait(30)
+        agreed = all(self._given)
+        if self._barrier.wait(30) == 0:
+            self._given.clear()
+        self._barrier.wait(30)
+        return agreed
 
 
 @pytest.mark.parametrize(
