@@ -26,7 +26,7 @@ from lightning_hpu_infer.prefetch import Prefetcher
 from lightning_hpu_infer.samples import GRAPH_PER_LENGTH, Samples
 from lightning_hpu_infer.source import host_batches, is_of_device, warmed_up
 from lightning_hpu_infer.step import sets_default_dtype, step_on_device
-from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, pin, to_host
+from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, fetch, host_copy, pin, to_host
 from lightning_hpu_infer.tuning import Depths, DepthTuner
 from lightning_hpu_infer.writing.callback import begin_writing
 
@@ -234,7 +234,8 @@ class PipelinedPredictionLoop(PredictionLoop):
     def _postprocessed(self, batch: Batch, output: Any) -> Any:
         """The output right after the step; post-processed, it is on the host."""
         if self._postprocess.is_on:
-            output = fetch(output, self.trainer.strategy.root_device, self._observer, batch.index)
+            # A copy: the function may write to it.
+            output = fetch(output, self.trainer.strategy.root_device, self._observer, batch.index, host_copy)
         return self._postprocess.call(batch, output)
 
     def _finish(self, batch: Batch, output: Any) -> None:

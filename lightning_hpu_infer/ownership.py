@@ -5,6 +5,7 @@ from array import array
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ def may_reuse_memory(loader: object) -> bool:
     """
     if isinstance(loader, list | tuple):
         return False  # of batches: it has no code that could write to them
-    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
-        return True
+    if type(loader) is not DataLoader:
+        return True  # whatever its class overrides
     return loader.num_workers == 0 and loader.collate_fn is not default_collate
 
 
@@ -47,25 +48,29 @@ def copy_of(tensor: Tensor) -> Tensor:
     return copied
 
 
-def owned(data: Any, copied: Callable[[Tensor], Tensor] = copy_of) -> Any:
-    """A batch that stays as it is, whatever its loader does next. Any thread.
+def owned(data: Any, copied: Callable[[Tensor], Tensor] = copy_of, inside: Callable[[Tensor], Tensor] = copy_of) -> Any:
+    """A batch or an output that stays as it is, whatever its loader or the step does next. Any thread.
 
-    Tensors, NumPy arrays and collections are copied. So are objects of other classes if they can `clone()` themselves,
-    or if an attribute of theirs is such memory. What cannot be copied, and what no loader refills, is the given object.
+    Tensors, NumPy arrays and collections are copied. So are objects of other classes if they can copy themselves
+    (`clone` of those that can be moved, `__deepcopy__`), or if they hold such memory, however deep. What cannot be
+    copied, and what nobody fills again, is the given object.
 
     Args:
         data: Any object.
-        copied: Copies a tensor, or gives tensors back that nobody writes to. It is not used for tensors in objects
-            that move themselves to the device.
+        copied: Copies a tensor, or gives tensors back that nobody writes to.
+        inside: The same for tensors in objects, and in collections that move themselves to the device.
     """
-    return _Copies(copied).of(data)
+    try:
+        return _Copies(copied, inside).of(data)
+    except RecursionError:  # a list that holds itself, say
+        return data
 
 
 class _Copies:
     """The copies made of one batch. What occurs in it twice is copied once, as it is one object for the step."""
 
-    def __init__(self, copied: Callable[[Tensor], Tensor]) -> None:
-        self._copied = copied
+    def __init__(self, copied: Callable[[Tensor], Tensor], inside: Callable[[Tensor], Tensor]) -> None:
+        self._copied, self._of_inside = copied, inside
         # With the original, whose id would otherwise be free for another object.
         self._made: dict[int, tuple[Any, Any]] = {}
 
@@ -74,36 +79,48 @@ class _Copies:
         if isinstance(data, _LEFT_ALONE):
             return data
         if id(data) not in self._made:
-            self._made[id(data)] = data, self._copy(data)
+            self._made[id(data)] = data, self._copied(data) if isinstance(data, Tensor) else self._copy(data)
         return self._made[id(data)][1]
 
+    @cached_property
+    def _inside(self) -> "_Copies":
+        return self if self._copied is self._of_inside else _Copies(self._of_inside, self._of_inside)
+
     def _copy(self, data: Any) -> Any:
-        if isinstance(data, Tensor):
-            return self._copied(data)
-        if isinstance(data, _BUFFERS):
-            return copy.copy(data)
-        try:
-            if moves_itself(data) and callable(getattr(type(data), "clone", None)):
-                return data.clone()
-            if (parts := parts_of(data)) is not None:
-                inside = _Copies(copy_of) if moves_itself(data) else self
-                return with_parts(data, {name: inside.of(part) for name, part in parts.items()})
+        if (parts := parts_of(data)) is None or _clones_itself(data):
             return self._copy_of_object(data)
-        except Exception:
-            # Its class allows no copy. Stock Lightning makes none, so this must not be what ends the run.
-            return data
+        inside = self._inside if moves_itself(data) else self
+        copied = {name: inside.of(part) for name, part in parts.items()}
+        return _or_itself(data, lambda: with_parts(data, copied))
 
     def _copy_of_object(self, data: Any) -> Any:
         """An object with copies of the memory that it holds; itself if it holds none."""
-        held = {name: value for name, value in _attributes(data) if _holds_memory(value)}
-        if not held or hasattr(type(data), "__del__"):
+        if isinstance(data, np.ndarray) and data.dtype == object:
+            copied = data.copy()
+            for place, part in enumerate(data.flat):
+                copied.flat[place] = self._inside.of(part)
+            return copied
+        if isinstance(data, _BUFFERS):
+            return copy.copy(data)
+        if _clones_itself(data):
+            return _or_itself(data, data.clone)
+        if _deep_copies_itself(data):
+            return _or_itself(data, lambda: copy.deepcopy(data))
+        held = {name: value for name, value in _attributes(data) if _holds_memory(value, set())}
+        if not held or hasattr(type(data), "__del__") or (copied := _or_itself(data, lambda: copy.copy(data))) is data:
             return data
-        copied, inside = copy.copy(data), _Copies(copy_of)
-        if copied is data:
-            return data
+        self._made[id(data)] = data, copied  # before its parts, which may refer to it
         for name, value in held.items():
-            object.__setattr__(copied, name, inside.of(value))
+            object.__setattr__(copied, name, self._inside.of(value))
         return copied
+
+
+def _or_itself(data: Any, copied: Callable[[], Any]) -> Any:
+    """A copy; the object itself if its class allows none. Stock Lightning makes none, so this must not end a run."""
+    try:
+        return copied()
+    except Exception:
+        return data
 
 
 def moves_itself(data: object) -> bool:
@@ -123,9 +140,22 @@ def _attributes(data: object) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(data, name)
 
 
-def _holds_memory(data: Any) -> bool:
-    if isinstance(data, _LEFT_ALONE):
+def _clones_itself(data: object) -> bool:
+    return moves_itself(data) and callable(getattr(type(data), "clone", None))
+
+
+def _deep_copies_itself(data: object) -> bool:
+    """Such as a table of pandas, whose memory is out of sight."""
+    return hasattr(type(data), "__deepcopy__")
+
+
+def _holds_memory(data: Any, seen: set[int]) -> bool:
+    """Whether somebody may fill memory again that this holds, however deep."""
+    if isinstance(data, _LEFT_ALONE) or id(data) in seen:
         return False
-    if isinstance(data, (Tensor, *_BUFFERS)) or (moves_itself(data) and hasattr(type(data), "clone")):
+    if isinstance(data, (Tensor, *_BUFFERS)) or _clones_itself(data) or _deep_copies_itself(data):
         return True
-    return any(map(_holds_memory, (parts_of(data) or {}).values()))
+    seen.add(id(data))
+    parts = parts_of(data)
+    inside = (value for _, value in _attributes(data)) if parts is None else parts.values()
+    return any(_holds_memory(part, seen) for part in inside)

@@ -1,8 +1,11 @@
 """Copies between host and device, in both directions: inputs that nobody waits for, outputs that are complete."""
 
+from array import array
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -11,11 +14,13 @@ from torch import Tensor
 
 from lightning_hpu_infer import _habana
 from lightning_hpu_infer.links import explained
-from lightning_hpu_infer.nested import map_leaves, map_tensors, tensors_in
+from lightning_hpu_infer.nested import map_leaves, map_tensors, parts_of, tensors_in
 from lightning_hpu_infer.observer import Observer, Stage
 from lightning_hpu_infer.ownership import copy_of, moves_itself, owned
 
 _HOST = torch.device("cpu")
+# Sequences that need not, or cannot, be built anew.
+_KEPT = (list, tuple, str, bytes, range, memoryview, array)
 
 
 def to_host(data: Any) -> Any:
@@ -23,7 +28,7 @@ def to_host(data: Any) -> Any:
 
     Lightning builds each anew by its constructor, which not every class can do (2.6 `apply_func.py`).
     """
-    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=moves_itself, copies=True)
+    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=_is_leaf, copies=True)
 
 
 def host_copy(data: Any) -> Any:
@@ -32,15 +37,22 @@ def host_copy(data: Any) -> Any:
     def copied(tensor: Tensor) -> Tensor:
         return copy_of(tensor) if tensor.device.type == "cpu" else tensor.cpu()
 
-    return to_host(owned(data, copied))  # objects that move themselves are moved last
+    return to_host(owned(data, copied, Tensor.clone))  # objects that move themselves are moved last
 
 
-def fetch(data: Any, device: torch.device, observer: Observer, batch: int | None) -> Any:
-    """Move what a step on `device` returned to the host, as `to_host` does, and tell waiting from copying."""
+def fetch(
+    data: Any, device: torch.device, observer: Observer, batch: int | None, move: Callable[[Any], Any] = to_host
+) -> Any:
+    """Move what a step on `device` returned to the host, and tell waiting from copying."""
     observer.at(batch)
     if device.type == _habana.DEVICE_TYPE:
         observer.timed(Stage.WAIT_OUTPUT, _habana.record_event().synchronize)
-    return observer.timed(Stage.COPY_OUT, to_host, data)
+    return observer.timed(Stage.COPY_OUT, move, data)
+
+
+def _is_leaf(data: object) -> bool:
+    """Whether this is left to Lightning: objects that move themselves, and sequences, which it builds anew."""
+    return moves_itself(data) or (isinstance(data, Sequence) and not isinstance(data, _KEPT) and parts_of(data) is None)
 
 
 def _leaf_to_host(leaf: Any) -> Any:
@@ -185,20 +197,23 @@ def _equal_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-class _Copy(NamedTuple):
+@dataclass(slots=True, eq=False)
+class _Copy:
     """The copy of one tensor of an output, under way."""
 
     snapshot: Tensor
     like: Tensor
     """On the meta device: its shape, and the strides that its copy on the host has."""
     buffer: Tensor
+    value: Tensor | None = None
+    """What arrived, in memory of its own."""
 
 
 class PendingOutput:
     """What a step returned, while the device may still be computing it. Main thread only.
 
-    Tensors and containers are copied when this is made, on the device, since the step may return memory or a container
-    that a later step fills again.
+    All memory of it is copied when this is made, of tensors on their device, since the step may return memory, a
+    container or an object that a later step fills again.
 
     The copy to the host is blocking and late by design: a blocking copy waits for its own producer only, so a later
     batch that was launched already keeps the device busy meanwhile, whereas a non-blocking copy to the host may be
@@ -279,7 +294,7 @@ class PendingOutput:
             flat.append((asynchronous.snapshot(tensor), like))
             return flat[-1][0]
 
-        output = map_tensors(snapshot, output, copies=True)
+        output = owned(output, snapshot, Tensor.clone)
         if self._on_hpu:
             # Not with the next step: its end would be waited for.
             _habana.mark_step()
@@ -297,4 +312,7 @@ class PendingOutput:
         copy = self._copies.get(id(tensor))
         if copy is None or self._asynchronous is None:
             return tensor
-        return self._asynchronous.take(copy.buffer, copy.snapshot, copy.like)
+        if copy.value is not None:  # the output has it twice
+            return copy.value.clone()
+        copy.value = self._asynchronous.take(copy.buffer, copy.snapshot, copy.like)
+        return copy.value

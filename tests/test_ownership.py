@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,19 @@ def test_what_occurs_twice_is_one_object_in_the_copy_too() -> None:
     assert batch["names"] is not names
 
 
+class Moved:
+    """An object that moves to the device by itself, and cannot clone itself."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"Moved({self.inner})"
+
+    def to(self, device: Any) -> "Moved":
+        return Moved(SimpleNamespace(x=self.inner.x.to(device)))
+
+
 MEMORY: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "tensor": (torch.zeros(2), lambda x: x.fill_(1)),
     "array": (np.zeros(2), lambda x: x.fill(1)),
@@ -34,6 +48,14 @@ MEMORY: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "list": ([0], lambda x: x.append(1)),
     "dict": ({"a": 0}, lambda x: x.update(a=1)),
     "array in a list in an object": (SimpleNamespace(many=[np.zeros(2)]), lambda x: x.many[0].fill(1)),
+    "array of objects": (np.array([np.zeros(2), None], dtype=object), lambda x: x[0].fill(1)),
+    "table": (pd.DataFrame({"a": [0.0]}), lambda x: x.__setitem__("a", [1.0])),
+    "object in an object": (SimpleNamespace(sample=SimpleNamespace(x=torch.zeros(2))), lambda x: x.sample.x.fill_(1)),
+    "array in an object in lists in objects": (
+        SimpleNamespace(many=[SimpleNamespace(x=[np.zeros(2)])]),
+        lambda x: x.many[0].x[0].fill(1),
+    ),
+    "tensor in an object that is moved": (Moved(SimpleNamespace(x=torch.zeros(2))), lambda x: x.inner.x.fill_(1)),
     "attribute of an object": (SimpleNamespace(x=torch.zeros(2), n=0), lambda x: x.x.fill_(1)),
 }
 
@@ -47,6 +69,18 @@ def test_memory_of_every_kind_is_copied(memory: str) -> None:
     assert repr(data) != before
     assert repr(copied) == before
     assert type(copied) is type(data)
+
+
+def test_what_refers_to_itself_is_copied_as_it_is() -> None:
+    node = SimpleNamespace(x=torch.zeros(2))
+    node.again, node.child = [node], SimpleNamespace(parent=node)
+    copied = owned(node)
+    assert copied is not node
+    assert copied.again[0] is copied
+    assert copied.child.parent is copied
+    loop: list[Any] = [1]
+    loop.append(loop)
+    assert owned(loop) is loop
 
 
 @pytest.mark.parametrize("inference", [False, True])
