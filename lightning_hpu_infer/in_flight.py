@@ -2,11 +2,20 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from lightning_hpu_infer.transfer import PendingOutput
 
 T = TypeVar("T")
+
+
+def raise_after(complete: Callable[[], None], error: BaseException) -> NoReturn:
+    """Complete earlier batches, and raise a later one's error; if that fails as well, its error is the context."""
+    try:
+        complete()
+    except BaseException:
+        raise error  # noqa: B904 (the other one is its context)
+    raise error
 
 
 class InFlight(Generic[T]):

@@ -15,7 +15,7 @@ from lightning_hpu_infer.batch import Batch, counters_of, shown_to_hooks
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.graphs import GraphCounts, StepGraphs, graph_kind
 from lightning_hpu_infer.hooks import BatchHooks, reads_outputs, uses_dataloader_iter
-from lightning_hpu_infer.in_flight import InFlight
+from lightning_hpu_infer.in_flight import InFlight, raise_after
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
 from lightning_hpu_infer.observe.report import Counters
 from lightning_hpu_infer.observe.run import Totals, TracedRun
@@ -70,8 +70,7 @@ class PipelinedPredictionLoop(PredictionLoop):
             )
             return
         loop.__class__ = cls
-        state = loop.__dict__
-        if state.get("config") is not config:
+        if (state := loop.__dict__).get("config") is not config:
             buckets = Buckets(config) if config.bucket_lengths else NoBuckets()
             state.update(config=config, _graphs=None, _buckets=buckets, _tuner=None)
 
@@ -139,22 +138,18 @@ class PipelinedPredictionLoop(PredictionLoop):
         self._drain()
 
     def _completing(self, stage: Callable[..., T], *args: Any) -> T:
-        """Run a stage; if it fails, complete the batches that were launched before first, as in stock Lightning.
-
-        If completing them fails as well, the error of the stage is the one to see.
-        """
+        """Run a stage; if it fails, complete the batches that were launched before first, as in stock Lightning."""
         try:
             return stage(*args)
         except BaseException as error:
-            try:
-                self._drain()
-            except BaseException:
-                raise error  # noqa: B904 (the other one is its context)
-            raise
+            raise_after(self._drain, error)
 
     def _drain(self) -> None:
         while self._in_flight:
             self._retire()
+        self._complete_all()
+
+    def _complete_all(self) -> None:
         while self._postprocess:
             self._complete()
 
@@ -214,12 +209,17 @@ class PipelinedPredictionLoop(PredictionLoop):
 
     def _retire(self) -> None:
         """Wait for the oldest batch's output and finish the batch, or the one that its post-processing waits for."""
-        batch, output = self._in_flight.retire()
-        self._observer.completed(output)
+        try:
+            batch, output = self._in_flight.retire()
+            self._observer.completed(output)
+            if batch.late_hooks is not None:
+                output = self._buckets.cut(output, batch.lengths)
+        except BaseException as error:
+            raise_after(self._complete_all, error)
         if batch.late_hooks is None:
             self._store(batch, output)
         else:
-            self._postprocess.submit(batch, self._buckets.cut(output, batch.lengths), batch.index)
+            self._postprocess.submit(batch, output, batch.index)
         while self._postprocess.over_capacity:
             self._complete()
 
@@ -232,9 +232,8 @@ class PipelinedPredictionLoop(PredictionLoop):
     # Finish
 
     def _postprocessed(self, batch: Batch, output: Any) -> Any:
-        """The output right after the step; post-processed, it is on the host."""
+        """The output right after the step; post-processed, it is on the host, where the function may write to it."""
         if self._postprocess.is_on:
-            # A copy: the function may write to it.
             output = fetch(output, self.trainer.strategy.root_device, self._observer, batch.index, host_copy)
         return self._postprocess.call(batch, output)
 

@@ -154,6 +154,33 @@ def test_rule_10_if_completing_fails_too_the_first_error_is_what_the_user_sees()
     assert str(raised.value.__context__) == "end 3"
 
 
+class Unfetched:
+    """An output that cannot be moved to the host, of one batch."""
+
+    def __init__(self, scores: Tensor, fails: bool) -> None:
+        self.scores, self.fails = scores, fails
+
+    def to(self, device: Any) -> "Unfetched":
+        if self.fails:
+            raise Broken("not moved")
+        return Unfetched(self.scores.to(device), fails=False)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("flags", [{}, {"postprocess_workers": 0}, {"in_flight": 3}], ids=str)
+def test_rule_10_an_output_that_cannot_be_fetched_loses_none_before_it(flags: dict[str, Any]) -> None:
+    class Step(Net):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return Unfetched(self.net(batch), fails=batch_idx == 6)
+
+    accelerator = HPUInferenceAccelerator(postprocess=lambda output: output.scores, **flags)
+    writer, expected = Writer("batch"), Writer("batch")
+    with pytest.raises(Broken, match="not moved"):
+        predict(accelerator, Step(), rows(20, 2), callbacks=[writer])
+    predict("cpu", Net(), rows(12, 2), callbacks=[expected])
+    assert_equal(writer.batches, expected.batches)
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 def test_rule_10_a_fault_in_an_end_hook_ends_the_run_where_stock_lightning_ends(flags: dict[str, Any]) -> None:
     (ends := Ends(broken=4)), (expected := Ends(broken=4))
