@@ -153,6 +153,12 @@ class Program:
             program = replace(program, precision="32-true", step="plain")
         if self.augments and (self.network in ("dropout", "random") or self.workers):
             program = replace(program, augments=False)  # in which order numbers are drawn is not promised
+        if self.network in ("dropout", "random") and self.loaders > 1:
+            program = replace(
+                program, loaders=1
+            )  # each loader draws a seed when it begins, which may be ahead of steps
+        if self.postprocess != "none" and self.callback == "replaces step":
+            program = replace(program, callback="none")  # it would replace the post-processing too
         if self.fault == "writer" and not (self.watch == "writer" and "batch" in self.interval):
             program = replace(program, watch="writer", interval="batch")
         if self.fault == "epoch_writer" and not (self.watch == "writer" and "epoch" in self.interval):

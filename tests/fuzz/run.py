@@ -141,7 +141,7 @@ def failures(program: Program, kinds: Collection[str] = KINDS) -> dict[str, str]
     if "cpu" in kinds and stock is not None:
         accelerator = HPUInferenceAccelerator(**flags_of(program) | {"hpu_graphs": False})
         config = accelerator.config
-        if not (program.shares_memory and (config.in_flight_depth("cpu") or config.pipelining == "auto")):
+        if not (program.shares_memory and (_overlaps(config, "cpu") or config.pipelining == "auto")):
             found |= _compared("cpu", program, run(program, accelerator), stock, config)
     if program.cpu_only or set(kinds) == {"cpu"}:
         return found
@@ -160,6 +160,11 @@ def failures(program: Program, kinds: Collection[str] = KINDS) -> dict[str, str]
     finally:
         emulator.uninstall()
     return found
+
+
+def _overlaps(config: InferenceConfig, device: str) -> bool:
+    """Whether batches are finished while later ones run."""
+    return bool(config.in_flight_depth(device) or config.postprocess)
 
 
 def _compared(
@@ -196,7 +201,7 @@ def compare(
     if program.network == "dropout":
         tolerance = max(tolerance, 0.1)
     # End hooks that run late run beside later batches. Then a listener's hooks are in order, each kind by itself.
-    late = bool(config.pipelining and config.in_flight_depth(device) and config.defer_hooks)
+    late = bool(config.pipelining and _overlaps(config, device) and config.defer_hooks)
     late = late and not (config.defer_hooks == "auto" and program.unsafe_end)
     # An end hook that fails late fails when later batches have begun.
     ahead = late and (program.fault in ("end", "writer") or program.postprocess == "fails")
