@@ -35,6 +35,7 @@ __all__ = [
     "Dispatch",
     "FakeTensor",
     "OpOverload",
+    "break_of",
     "call_module",
     "compile_function",
     "compile_with",
@@ -51,7 +52,6 @@ __all__ = [
     "number_as_text",
     "sizes_of",
     "storage_of",
-    "tensor_description",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -306,19 +306,23 @@ def mentions(size: str | int, symbols: Collection[str]) -> bool:
     return isinstance(size, str) and not set(re.findall(r"\w+", size)).isdisjoint(symbols)
 
 
-def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
-    """What a captured program depends on: shape, strides and dtype."""
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
 def users_line(nodes: Iterable[Node]) -> str:
     """The user's line that the first of some nodes comes from, as `, at file:line`; empty if that is not known."""
     return next((line for node in nodes if (line := _innermost(node.stack_trace or ""))), "")
 
 
-def line_of(error: BaseException) -> str:
-    """The user's line at which Dynamo met an error, as `, at file:line`; empty if that is not known."""
-    stack = getattr(error, "real_stack", None) or ()
+def break_of(module: GraphModule) -> str:
+    """Why a graph ends within the user's code, and where; empty if it ends with it, or this torch does not say."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return ""
+    words = str(reason.reason).splitlines()[0].replace("generic_jump TensorVariable()", "a branch on a tensor's value")
+    return f"{words}{line_of(reason)}"
+
+
+def line_of(error: Any) -> str:
+    """The user's line at which Dynamo met an error or a break, as `, at file:line`; empty if that is not known."""
+    stack = getattr(error, "real_stack", None) or getattr(error, "user_stack", None) or ()
     frames = [f'File "{frame.filename}", line {frame.lineno}' for frame in stack]
     return _innermost("\n".join(frames)) or _innermost(str(error).partition("from user code")[2])
 
@@ -334,11 +338,8 @@ def must_run_plainly() -> str:
 
     Dynamo does not guard global module hooks (torch 2.13), and a replay bypasses dispatch and function modes.
     """
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_forward_hooks_always_called
-    ):
+    m = nn_module
+    if m._global_forward_hooks or m._global_forward_pre_hooks or m._global_forward_hooks_always_called:
         return "a global module hook is registered (`register_module_forward_hook`), which a replay would not call"
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return "a TorchDispatchMode or TorchFunctionMode is active, which a replay would not pass through"

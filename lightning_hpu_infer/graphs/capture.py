@@ -13,7 +13,7 @@ from lightning_hpu_infer.graphs.compare import Snapshot
 from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.padding import Padding
 from lightning_hpu_infer.graphs.split import Split
-from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs
+from lightning_hpu_infer.graphs.store import Candidate, Captured, GraphStore, Key, WeightsGraphs, tensor_description
 from lightning_hpu_infer.links import explained
 from lightning_hpu_infer.observer import Stage
 
@@ -103,7 +103,7 @@ class CapturedGraph:
 
     def _key(self, args: Arguments) -> Key:
         hosted = self._number_of([args[i] for i in self._hosted]) if self._hosted else 0
-        tensors = tuple(_torch.tensor_description(args[i]) for i in self._slots)
+        tensors = tuple(tensor_description(args[i]) for i in self._slots)
         return Key(tuple(args[i] for i in self._numbers), tensors, hosted)
 
     def _number_of(self, tensors: list[Tensor]) -> int:

@@ -12,7 +12,7 @@ from lightning_hpu_infer.graphs.compare import Snapshot
 from lightning_hpu_infer.graphs.context import GraphContext, in_words
 from lightning_hpu_infer.graphs.examine import Examination
 from lightning_hpu_infer.graphs.padding import Padding
-from lightning_hpu_infer.graphs.store import Key, PadState
+from lightning_hpu_infer.graphs.store import Key, PadState, tensor_description
 from lightning_hpu_infer.observer import Stage
 
 # Shapes of one FX graph that are remembered.
@@ -66,7 +66,7 @@ class CompiledGraph:
         if self._failed:
             self._context.counts.plain(self._failed)
             return self._plain(*args)
-        descriptions = tuple(_torch.tensor_description(args[slot]) for slot in self._slots)
+        descriptions = tuple(tensor_description(args[slot]) for slot in self._slots)
         key = Key(tuple(args[slot] for slot in self._numbers), descriptions)
         left = self._left.get(key)
         if left is None:

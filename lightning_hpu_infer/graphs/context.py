@@ -53,7 +53,7 @@ class GraphContext:
 
     def begin(self, observer: Observer) -> None:
         """Begin a run: counters at zero, warnings anew."""
-        self.counts = GraphCounts()
+        self.counts = GraphCounts(breaks=self.counts.breaks)
         self.timed = observer.timed
         self._warned.clear()
 

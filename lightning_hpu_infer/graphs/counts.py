@@ -25,6 +25,8 @@ class GraphCounts:
     """Replays, captures among them, that were compared with the plain ops."""
     evictions: int = 0
     """Graphs dropped for newer ones."""
+    breaks: dict[str, int] = field(default_factory=dict)
+    """How many graphs end within the step, by the reason and the user's line. Of this run and earlier ones."""
     reasons: Counter[str] = field(default_factory=Counter)
     """How many calls ran without a graph, by the reason in words."""
 
@@ -36,7 +38,8 @@ class GraphCounts:
     def totals(self) -> dict[str, Any]:
         """What a run's report says of them, by the names that it has for it."""
         names = ("captures", "replays", "plain_calls", "evictions", "verified")
-        return {name: getattr(self, name) for name in names} | {"plain_reasons": dict(self.reasons)}
+        words = {"breaks": dict(self.breaks), "plain_reasons": dict(self.reasons)}
+        return {name: getattr(self, name) for name in names} | words
 
     def __str__(self) -> str:
         text = (
@@ -45,6 +48,8 @@ class GraphCounts:
         )
         for reason, times in self.reasons.most_common(3):
             text += f" {_calls(times)}: {reason}."
+        for reason in list(self.breaks)[:3]:
+            text += f" The step is cut into graphs there: {reason}."
         if self.evictions:
             text += f" {self.evictions} graphs were dropped for newer ones: raise `max_graphs`, or use fewer shapes."
         return text

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_hpu_infer import _habana, _torch
 from lightning_hpu_infer.graphs.context import GraphContext
+from lightning_hpu_infer.graphs.store import tensor_description
 
 _CONSTANTS = bool | int | float | str | None | torch.dtype
 
@@ -90,7 +91,7 @@ class DirectGraphs:
             if isinstance(leaf, Tensor):
                 if leaf.device.type != self._context.device.type:
                     return None
-                described.append(_torch.tensor_description(leaf))
+                described.append(tensor_description(leaf))
             elif isinstance(leaf, _CONSTANTS):
                 described.append((type(leaf), repr(leaf)))
             else:

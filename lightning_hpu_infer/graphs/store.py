@@ -15,13 +15,18 @@ from lightning_hpu_infer.graphs.replacements import DataReplacements
 _MAX_KNOWN = 1024
 
 
+def tensor_description(tensor: Tensor) -> tuple[Any, ...]:
+    """What a captured program depends on: shape, strides and dtype."""
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 class Key(NamedTuple):
     """What distinguishes calls of one traced graph, besides the weights."""
 
     numbers: tuple[Any, ...] = ()
     """The Python numbers among its inputs."""
     tensors: tuple[tuple[Any, ...], ...] = ()
-    """Shape, strides and dtype of each tensor that changes from call to call: `_torch.tensor_description`."""
+    """Shape, strides and dtype of each tensor that changes from call to call: `tensor_description`."""
     host_values: int = 0
     """Which set of values the host tensors among its inputs have; 0 if there are none."""
 

@@ -204,6 +204,8 @@ class TracedCall:
         context = self._context
         context.counts.traces += 1
         context.name = self.name
+        if found := _torch.break_of(module):
+            context.counts.breaks[found] = context.counts.breaks.get(found, 0) + 1
         rewrite_masks(module)
         if context.kind != "hpu_graph":
             self._with_graphs += 1

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_hpu_infer import _torch
+from lightning_hpu_infer.graphs.store import tensor_description
 
 Slot = tuple[nn.Module, str]
 """A module, and the name of one of its parameters or buffers."""
@@ -63,4 +63,4 @@ class KeptWeights:
 
 
 def _fits(tensor: Tensor, kept: Tensor) -> bool:
-    return tensor.device == kept.device and _torch.tensor_description(tensor) == _torch.tensor_description(kept)
+    return tensor.device == kept.device and tensor_description(tensor) == tensor_description(kept)

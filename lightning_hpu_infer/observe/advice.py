@@ -114,6 +114,11 @@ class _Advice:
             if stage == Stage.LAUNCH and plain > counters.replays and batches > 3 + on.verify_graphs:
                 number = f"{plain} of {plain + counters.replays} calls"
                 return f"{number} ran without a graph: the report's list of reasons and the run's warnings say why."
+            if stage in (Stage.LAUNCH, Stage.REPLAY) and (cut := next(iter(counters.breaks), "")):
+                return (
+                    f"Let the step be one graph; it is cut there: {cut}. What Python reads from a tensor (`.item()`,"
+                    " `if`) waits for the device: keep it on the device (`torch.where`), or do it in `postprocess`."
+                )
             if not compiles and not on.pipelining:
                 return "Pass `pipelining=True`: the next batch is launched while the device computes."
             if not compiles and on.in_flight_depth("hpu") == 0:

@@ -71,5 +71,6 @@ def _overview(report: Report) -> list[str]:
         )
         reasons = sorted(counters.plain_reasons.items(), key=itemgetter(1), reverse=True)
         lines += [f"  without a graph, {times} times: {reason}" for reason, times in reasons[:3]]
+        lines += [f"  the step is cut there: {reason}" for reason in list(counters.breaks)[:3]]
     padding = [f"padding: {counters.padding_waste:.0%} of the inputs"] if counters.padded_elements else []
     return [*lines, *padding, *report.tuning]

@@ -37,6 +37,8 @@ class Counters:
     """Calls of the step, or of traced parts of it, that ran without a graph."""
     plain_reasons: dict[str, int] = field(default_factory=dict)
     """Why, in words, and how often."""
+    breaks: dict[str, int] = field(default_factory=dict)
+    """Where the step is cut into several graphs: TorchDynamo's reason and the line, and how many graphs end there."""
     evictions: int = 0
     """Graphs dropped to make room for others."""
     verified: int = 0

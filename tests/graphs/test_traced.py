@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -316,6 +317,21 @@ READS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", READS)
 def test_networks_that_read_the_device_are_right(name: str) -> None:
     run(Model(READS[name]))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("a value", "item"), ("a condition", "branch on a tensor's value"), ("from the host", None)]
+)
+def test_where_a_step_is_cut_into_graphs_is_told_with_the_line(name: str, words: str | None) -> None:
+    counts = run(Model(READS[name]))
+    if words is None:
+        assert (counts.breaks, "cut" in str(counts)) == ({}, False)
+        return
+    (reason,) = counts.breaks
+    assert words in reason
+    assert re.search(r", at .*test_traced\.py:\d+$", reason)
+    assert f"The step is cut into graphs there: {reason}." in str(counts)
+    assert counts.totals()["breaks"] == {reason: 1}
 
 
 # What remains after a run
