@@ -161,6 +161,8 @@ class Program:
             program = replace(program, callback="none")  # it would replace the post-processing too
         if self.fault == "writer" and not (self.watch == "writer" and "batch" in self.interval):
             program = replace(program, watch="writer", interval="batch")
+        if self.fault == "writer" or self.postprocess == "fails":
+            program = replace(program, second="none")  # steps of later batches may have run already
         if self.fault == "epoch_writer" and not (self.watch == "writer" and "epoch" in self.interval):
             program = replace(program, watch="writer", interval="epoch")
         if self.fault in ("dataset", "collate") and self.source in ("batches", "stored"):
