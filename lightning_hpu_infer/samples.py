@@ -1,6 +1,7 @@
 """Which samples a run predicts, and in which order: those that are not written yet, by length if asked for."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from math import ceil, inf
 from typing import Any
@@ -13,15 +14,22 @@ from torch.utils.data import BatchSampler
 from lightning_hpu_infer._lightning import forget_indices, set_batch_sampler, users_batch_sampler
 from lightning_hpu_infer.batch import Batch
 from lightning_hpu_infer.lengths.order import GroupBy, Reordered
-from lightning_hpu_infer.nested import tensors_in
-
-Done = Mapping[int, npt.NDArray[np.int64]]
-"""Per dataloader, the dataset's indices of samples whose predictions are kept elsewhere."""
 
 GRAPH_PER_LENGTH = (
     "`group_by_length` without `bucket_lengths`: each length needs its own graph. Pass `lengths='auto'` for batches"
     " of a tokenizer, or `bucket_lengths` with a `pad_spec`."
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a run is to leave out, since its predictions are kept elsewhere."""
+
+    samples: Mapping[int, npt.NDArray[np.int64]]
+    """Per dataloader whose samples have indices, those in the dataset. They are not loaded."""
+    batches: Mapping[int, int]
+    """Per dataloader whose samples have none, how many batches at its beginning. They are loaded, and dropped before a
+    hook has changed them."""
 
 
 class Samples:
@@ -31,8 +39,7 @@ class Samples:
         loaders: Made by Lightning for prediction. They are changed: batches are made of other samples.
         max_batches: Batches that the run would take of each.
         by: What tells a sample's length, if batches are made in order of length.
-        done: Samples to leave out; None without a writer that keeps them. They are not loaded. For a dataloader whose
-            samples have no indices, as many are left out at its beginning as there are; they are loaded, and dropped.
+        done: What to leave out; None without a writer that keeps it.
 
     Raises:
         MisconfigurationException: If a sampler yields a sample several times and some are to be left out, or if batches
@@ -54,12 +61,10 @@ class Samples:
         """Batches that the run takes of each dataloader."""
         self.totals = self.max_batches
         """Those, and the batches that are left out."""
-        self._skipped: dict[int, int] = {}
-        if done:
-            streams = [number for number, loader in enumerate(loaders) if not has_indices(loader)]
-            self._skipped = {number: len(done[number]) for number in streams if len(done.get(number, ()))}
+        self._skipped = {} if done is None else done.batches
+        if done is not None:
             left = [
-                _without(loader, batches, done.get(number, np.empty(0, np.int64)))
+                _without(loader, batches, done.samples.get(number, np.empty(0, np.int64)))
                 for number, (loader, batches) in enumerate(zip(loaders, max_batches, strict=True))
             ]
             self.totals, self.max_batches = [total for total, _ in left], [batches for _, batches in left]
@@ -104,16 +109,6 @@ class Samples:
         return _Skipping(fetcher, self._skipped) if self._skipped else fetcher
 
 
-def rows_of(batch: Any) -> int | None:
-    """Samples in a batch whose dataloader does not tell: those of its first tensor, or else of its first list."""
-    tensor = next((tensor for tensor in tensors_in(batch) if tensor.dim()), None)
-    if tensor is not None:
-        return int(tensor.shape[0])
-    if isinstance(batch, Mapping):
-        batch = next(iter(batch.values()), None)
-    return len(batch) if isinstance(batch, list | tuple | np.ndarray) else None
-
-
 def has_indices(loader: object) -> bool:
     """Whether it is known which samples of the dataset each batch of a dataloader has."""
     return users_batch_sampler(getattr(loader, "batch_sampler", None)) is not None
@@ -149,11 +144,11 @@ def _not_done(samples: Sequence[int], done: npt.NDArray[np.int64]) -> list[bool]
 
 
 class _Skipping:
-    """A data fetcher without the first samples of dataloaders."""
+    """A data fetcher without the first batches of dataloaders."""
 
     def __init__(self, fetcher: Any, skipped: Mapping[int, int]) -> None:
         self._fetcher = fetcher
-        self._left = dict(skipped)
+        self._skipped = skipped
 
     @property
     def done(self) -> bool:
@@ -165,15 +160,6 @@ class _Skipping:
     def __next__(self) -> Any:
         while True:
             item = next(self._fetcher)
-            batch, batch_idx, dataloader_idx = item
-            left = self._left.get(dataloader_idx, 0)
-            if not left:
+            _, batch_idx, dataloader_idx = item
+            if batch_idx >= self._skipped.get(dataloader_idx, 0):
                 return item
-            rows = rows_of(batch)
-            if rows is None or rows > left:
-                raise MisconfigurationException(
-                    f"Batch {batch_idx} of dataloader {dataloader_idx} has {rows} samples, of which {left} are written"
-                    " already: its dataset does not yield the batches of the earlier run. Predict into another folder,"
-                    " or pass `overwrite=True`."
-                )
-            self._left[dataloader_idx] = left - rows

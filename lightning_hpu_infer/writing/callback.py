@@ -105,8 +105,7 @@ class PredictionWriter(BasePredictionWriter):
             observer: Is told when the thread writes.
 
         Returns:
-            Per dataloader, the samples whose predictions are committed: their indices in the dataset; for a dataloader
-            without indices, the numbers that this rank gave them.
+            The samples, and batches of streams, that the loop may leave out.
 
         Raises:
             FileExistsError: If the folder holds something else; or predictions, and `resume` is False.
@@ -118,7 +117,7 @@ class PredictionWriter(BasePredictionWriter):
         self._abandon()
         note_sigterm_alone(trainer)
         self._session = Session(self, trainer, loaders, skips=skips, observer=observer or Observer())
-        if count := sum(map(len, self._session.done.values())):
+        if count := sum(map(len, self._session.committed.values())):
             again = "predicted, but not written, again: `HPUInferenceAccelerator` with one writer leaves them out"
             what = "left out" if skips else again
             rank_zero_info(f"{self.path} has predictions of {count} samples from an earlier run. They are {what}.")
@@ -207,7 +206,7 @@ def begin_writing(trainer: Any, loaders: Sequence[object], observer: Observer) -
         observer: Is told when the writer's thread writes.
 
     Returns:
-        The samples that the run is to leave out; None for none. With several writers, which may lack different samples,
+        What the run is to leave out; None for nothing. With several writers, which may lack different samples,
         none are left out, and each writes what it lacks.
     """
     writers = [callback for callback in trainer.callbacks if isinstance(callback, PredictionWriter)]

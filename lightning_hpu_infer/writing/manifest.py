@@ -19,6 +19,9 @@ MANIFEST = "_manifest.json"
 Fingerprint = dict[str, Any]
 """What a run depends on, as values of JSON by name."""
 
+Stretch = list[int]
+"""Whole batches of a stream: `[first row, last row + 1, last batch + 1]`, counted from the stream's beginning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class File:
@@ -31,6 +34,8 @@ class File:
     sha256: str
     indices: dict[int, Ranges] | None
     """The samples in it, per dataloader; None if they are no few ranges: the file's columns tell then."""
+    streams: dict[int, list[Stretch]] = field(default_factory=dict)
+    """Per dataloader whose samples have no indices, what it has of the rank's stream."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +60,15 @@ class Manifest:
     def rows(self) -> int:
         """Of all files."""
         return sum(file.rows for file in self.files)
+
+    def start_of(self, loader: int) -> tuple[int, int]:
+        """Where a stream goes on: how many of its rows and batches are there, up to the first one that is not."""
+        found = [stretch for file in self.files for stretch in file.streams.get(loader, ())]
+        ends = {first: (stop, batches) for first, stop, batches in found}
+        rows, batches = 0, 0
+        while (end := ends.get(rows, (0, 0)))[0] > rows:
+            rows, batches = end
+        return rows, batches
 
     def store(self, storage: Storage) -> None:
         """Write it, in place of the one before."""
@@ -113,7 +127,8 @@ class Manifest:
 def _file(values: dict[str, Any]) -> File:
     indices = values["indices"]
     by_loader = None if indices is None else {int(loader): ranges for loader, ranges in indices.items()}
-    return File(**(values | {"indices": by_loader}))
+    streams = {int(loader): stretches for loader, stretches in values.get("streams", {}).items()}
+    return File(**(values | {"indices": by_loader, "streams": streams}))
 
 
 def folder_of(rank: int) -> str:

@@ -1,6 +1,6 @@
 """One run's writing: what is done already, each batch on its way to the thread, and the end."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,14 @@ from lightning.pytorch import Trainer
 
 from lightning_hpu_infer.nested import size_of
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.samples import Done, has_indices, rows_of
+from lightning_hpu_infer.samples import Done, has_indices
 from lightning_hpu_infer.transfer import host_copy
 from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.columns import Columns
 from lightning_hpu_infer.writing.fingerprint import fingerprint_of
+from lightning_hpu_infer.writing.manifest import Stretch
 from lightning_hpu_infer.writing.opening import open_path
+from lightning_hpu_infer.writing.rows import rows_of
 
 Indices = npt.NDArray[np.int64]
 _ITEM_BYTES = 1024
@@ -32,6 +34,8 @@ class _Item:
     index: Indices
     keep: npt.NDArray[np.bool_] | None
     """Which samples are not committed by an earlier run; None for all."""
+    stretch: Stretch | None
+    """Where they are in a stream."""
     dataloader_idx: int
     ids: Any
     where: str
@@ -60,6 +64,7 @@ class Session:
         self._loaders = loaders
         self._rank, self._world = trainer.global_rank, trainer.world_size
         self._id_key = writer.id_key
+        self._names = None if writer.columns is None else list(writer.columns)
         self._observer = observer
         self._batches = 0
         self._spans: deque[tuple[float, float, int]] = deque()
@@ -74,10 +79,18 @@ class Session:
             agree=trainer.strategy.reduce_boolean_decision,
         )
         try:
-            self.done: Done = {number: self._of_rank(number, found) for number, found in self._opened.done.items()}
+            self.committed = {number: self._of_rank(number, found) for number, found in self._opened.done.items()}
             """Per dataloader, the samples that are committed: their indices in the dataset; for a dataloader without
             indices, the numbers that this rank gave them."""
-            self._numbers = Counter({number: len(found) for number, found in self.done.items()} if skips else {})
+            streams = [number for number, loader in enumerate(loaders) if not has_indices(loader)]
+            starts = {number: self._opened.manifest.start_of(number) if skips else (0, 0) for number in streams}
+            self._numbers = {number: rows for number, (rows, _) in starts.items()}
+            """How many rows of each stream have got a number."""
+            self.done = Done(
+                samples={number: found for number, found in self.committed.items() if number not in streams},
+                batches={number: batches for number, (_, batches) in starts.items() if batches},
+            )
+            """What the loop leaves out."""
             self._columns = Columns(writer.columns, self._opened.schema)
             self._shards = self._opened.shards(
                 rows_per_file=writer.rows_per_file,
@@ -107,13 +120,16 @@ class Session:
         """
         self._report()
         where = f"batch {batch_idx} of dataloader {loader}"
-        index = (
-            np.asarray(indices, np.int64) if has_indices(self._loaders[loader]) else self._number(batch, loader, where)
-        )
-        done = self.done.get(loader)
+        stretch = None
+        if has_indices(self._loaders[loader]):
+            index = np.asarray(indices, np.int64)
+        else:
+            stretch = self._stretch(prediction, batch, batch_idx, loader, where)
+            index = np.arange(stretch[0], stretch[1], dtype=np.int64) * self._world + self._rank
+        done = self.committed.get(loader)
         keep = None if done is None else ~_isin_sorted(index, done)
         ids = None if self._id_key is None else host_copy(_part(batch, self._id_key, where))
-        item = _Item(host_copy(prediction), index, keep, loader, ids, where, self._batches)
+        item = _Item(host_copy(prediction), index, keep, stretch, loader, ids, where, self._batches)
         self._batches += 1
         size = size_of(item.prediction) + item.index.nbytes + _ITEM_BYTES
         self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size, where)
@@ -141,7 +157,7 @@ class Session:
         rows = self._columns.batch(
             item.prediction, len(item.index), item.index.tolist(), item.dataloader_idx, item.ids, where=item.where
         )
-        self._shards.write(rows if item.keep is None else rows.filter(item.keep))
+        self._shards.write(rows if item.keep is None else rows.filter(item.keep), item.stretch)
 
     def _note(self, start: float, end: float, item: _Item) -> None:
         self._spans.append((start, end, item.batch))
@@ -156,18 +172,19 @@ class Session:
             indices = indices[indices % self._world == self._rank]
         return indices
 
-    def _number(self, batch: Any, loader: int, where: str) -> Indices:
-        """Numbers for samples without indices: each rank counts those of its stream."""
-        rows = rows_of(batch)
+    def _stretch(self, prediction: Any, batch: Any, batch_idx: int, loader: int, where: str) -> Stretch:
+        """Where a batch's rows are in its stream, of which each rank counts its own."""
+        collated = getattr(self._loaders[loader], "batch_size", None) is not None
+        rows = rows_of(prediction, batch, self._names, collated=collated)
         if rows is None:
             raise MisconfigurationException(
                 f"{where}: `PredictionWriter` cannot tell how many samples it has. Its dataloader has no batch sampler,"
-                f" and the batch ({type(batch).__name__}) has no tensor or list."
+                f" and neither the prediction ({type(prediction).__name__}) nor the batch ({type(batch).__name__}) has"
+                " a tensor or list. Return a list with one value per sample."
             )
         first = self._numbers[loader]
         self._numbers[loader] += rows
-        numbers: Indices = np.arange(first, first + rows, dtype=np.int64) * self._world + self._rank
-        return numbers
+        return [first, first + rows, batch_idx + 1]
 
 
 def _isin_sorted(values: Indices, found: Indices) -> Any:

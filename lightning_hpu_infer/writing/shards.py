@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from lightning_hpu_infer.writing.columns import INDEX, LOADER
-from lightning_hpu_infer.writing.manifest import MANIFEST, File, Manifest
+from lightning_hpu_infer.writing.manifest import MANIFEST, File, Manifest, Stretch
 from lightning_hpu_infer.writing.ranges import Ranges, ranges_of
 from lightning_hpu_infer.writing.schemas import as_stored, stored
 from lightning_hpu_infer.writing.storage import Sink, Storage
@@ -61,8 +61,12 @@ class Shards:
         self._file: _Growing | None = None
         self._ended = False
 
-    def write(self, batch: pa.RecordBatch) -> None:
+    def write(self, batch: pa.RecordBatch, stretch: Stretch | None = None) -> None:
         """Append a batch, and commit the file if it is time to. One without rows changes nothing.
+
+        Args:
+            batch: Its rows.
+            stretch: Where they are in the stream, if its samples have no indices.
 
         Raises:
             OSError: If the disk is full, for one. What was committed stays; nothing more is written.
@@ -78,7 +82,7 @@ class Shards:
                 self._next += 1
                 sink = self._storage.create(f"{self.manifest.folder}/{name}")
                 self._file = _Growing(name, sink, batch.schema, self._compression, self._clock())
-            self._file.append(batch)
+            self._file.append(batch, stretch)
             if self._file.rows >= self._rows_per_file or self._clock() - self._file.began >= self._seconds_per_file:
                 self._commit()
         except BaseException:
@@ -149,6 +153,7 @@ class _Growing:
         self._pending: list[pa.RecordBatch] = []
         self._pending_bytes = 0
         self._indices: dict[int, list[NDArray[np.int64]]] = {}
+        self._streams: dict[int, list[Stretch]] = {}
         try:
             # Dictionaries of numbers cost time and rarely save room.
             texts = [f.name for f in schema if pa.types.is_string(f.type) or f.name == LOADER]
@@ -159,11 +164,13 @@ class _Growing:
                 sink.discard()
             raise
 
-    def append(self, batch: pa.RecordBatch) -> None:
+    def append(self, batch: pa.RecordBatch, stretch: Stretch | None) -> None:
         """Add a batch; a row group is written whenever some MiB have come together."""
         self.rows += batch.num_rows
         loader = batch.column(LOADER)[0].as_py()
         self._indices.setdefault(loader, []).append(batch.column(INDEX).to_numpy().copy())
+        if stretch is not None:
+            self._note(stretch, self._streams.setdefault(loader, []))
         self._pending.append(
             pa.RecordBatch.from_arrays([as_stored(each) for each in batch.columns], schema=self._stored)
         )
@@ -177,7 +184,9 @@ class _Growing:
         self._writer.close()
         size, sha256 = self._sink.size, self._sink.sha256
         self._sink.publish()
-        return File(name=self.name, rows=self.rows, bytes=size, sha256=sha256, indices=self._ranges())
+        return File(
+            name=self.name, rows=self.rows, bytes=size, sha256=sha256, indices=self._ranges(), streams=self._streams
+        )
 
     def discard(self) -> None:
         """Remove it."""
@@ -191,6 +200,14 @@ class _Growing:
             table = pa.Table.from_batches(self._pending, self._stored)
             self._pending, self._pending_bytes = [], 0
             self._writer.write_table(table, row_group_size=table.num_rows)
+
+    @staticmethod
+    def _note(stretch: Stretch, before: list[Stretch]) -> None:
+        first, stop, batches = stretch
+        if before and before[-1][1] == first:
+            before[-1][1:] = stop, batches
+        else:
+            before.append([first, stop, batches])
 
     def _ranges(self) -> dict[int, Ranges] | None:
         found: dict[int, Ranges] = {}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
@@ -25,7 +24,7 @@ from lightning_hpu_infer.writing import session
 from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.read import read_predictions
 from tests.helpers import trainer
-from tests.writing.predicting import COUNT, Numbers, Scores, Stream, expected, predict, stop, written
+from tests.writing.predicting import COUNT, Numbers, Scores, expected, predict, stop, written
 
 FLAGS: list[dict[str, Any]] = [
     {},
@@ -126,41 +125,6 @@ def test_samples_that_come_several_times_cannot_be_left_out(tmp_path: Path) -> N
     stop(tmp_path, loader(), 2)
     with pytest.raises(MisconfigurationException, match="yields samples several times"):
         predict(tmp_path, Scores(), loader())
-
-
-# Datasets without indices
-
-NO_INDICES = pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices")  # Lightning's, for all writers
-
-
-@NO_INDICES
-@pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("after", [0, 2, 5])
-def test_a_stream_goes_on_where_it_stopped(tmp_path: Path, after: int) -> None:
-    stop(tmp_path, DataLoader(Stream(), 4), after)
-    module = Scores()
-    predict(tmp_path, module, DataLoader(Stream(), 4))
-    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
-    assert module.seen == list(range(after, 6))
-
-
-@NO_INDICES
-def test_a_stream_in_other_batches_is_refused(tmp_path: Path) -> None:
-    stop(tmp_path, DataLoader(Stream(), 4), 2)
-    with pytest.raises(ValueError, match="devices, batch size and workers of streams"):
-        predict(tmp_path, Scores(), DataLoader(Stream(), 5))
-
-
-@NO_INDICES
-def test_a_stream_that_yields_other_batches_is_refused(tmp_path: Path) -> None:
-    def collated(sizes: list[int]) -> DataLoader[Any]:
-        batches = [[Numbers()[i] for i in range(size)] for size in sizes]
-        data = [{"row": torch.stack([s["row"] for s in b]), "name": [s["name"] for s in b]} for b in batches]
-        return DataLoader(data, batch_size=None)  # type: ignore[arg-type]
-
-    stop(tmp_path, collated([3, 3, 3]), 1)
-    with pytest.raises(MisconfigurationException, match="Batch 0 of dataloader 0 has 4 samples, of which 3 are"):
-        predict(tmp_path, Scores(), collated([4, 2, 3]))
 
 
 # Beside others
