@@ -3,9 +3,9 @@
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +19,8 @@ from lightning_hpu_infer.transfer import host_copy
 
 _PATIENCE = 2.0
 """Seconds after which a run that is to end is waited for with words."""
+_RUNS = ("fit", "validate", "test", "predict")
+"""What runs a Trainer."""
 
 
 def stream(
@@ -33,7 +35,8 @@ def stream(
 
     `trainer.predict` runs in a thread, which alone uses the device. It stops when `max_pending` predictions wait for
     the caller, so memory stays bounded. Leaving the loop (`break`, an error, Ctrl-C) ends the run: batches under way
-    are dropped, callbacks have their `on_exception`, and the same Trainer predicts again.
+    are dropped, callbacks have their `on_exception`, and the same Trainer predicts again. Until then the Trainer and
+    the module belong to the stream: both can be in one run only.
 
     Args:
         trainer: Any Trainer, with this package's accelerator or another one.
@@ -49,7 +52,8 @@ def stream(
     Raises:
         MisconfigurationException: If the Trainer starts other processes, in which the predictions would be, or makes
             batches in order of length.
-        RuntimeError: If `torch.autocast` or a default device is on, which the thread would not have.
+        RuntimeError: If `torch.autocast` or a default device is on, which the thread would not have. From the iterator,
+            if the Trainer or the module is in another stream; or once another Trainer has run the module.
         ValueError: If `max_pending` is not positive.
 
     What the run raises comes out of the iterator, after the predictions before it.
@@ -71,38 +75,62 @@ def stream(
             "`torch.autocast` or `torch.set_default_device` is on, which the thread of `stream` would not have. Pass"
             " `precision` to the Trainer, or use `trainer.predict`."
         )
-    return _stream(
-        trainer, partial(trainer.predict, model, dataloaders, return_predictions=False, **options), max_pending
-    )
+    return _stream(trainer, (model, dataloaders), {"return_predictions": False, **options}, max_pending)
 
 
-def _stream(trainer: Any, predict: Any, max_pending: int) -> Iterator[Any]:
+def _stream(trainer: Any, args: tuple[Any, Any], options: dict[str, Any], max_pending: int) -> Iterator[Any]:
     handover = _Handover(max_pending)
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            predict()
+            with _reserved(trainer, args[0], _Deliver(handover)) as predict:
+                predict(*args, **options)
+                handover.end(wait=True)
         except BaseException as error:
             errors.append(error)
         finally:
             handover.end()
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="hpu-infer-stream", daemon=True)
-    deliver = _Deliver(handover)
-    trainer.callbacks.append(deliver)
     try:
         thread.start()
         yield from handover
-        thread.join()
     finally:
         handover.stop()
-        try:
-            _wait_for(thread)
-        finally:  # also after a second Ctrl-C
-            trainer.callbacks.remove(deliver)
+        _wait_for(thread)
     for error in errors:
         raise error
+
+
+@contextmanager
+def _reserved(trainer: Any, model: Any, deliver: "_Deliver") -> Iterator[Callable[..., Any]]:
+    """Give a Trainer's `predict`, let it deliver, and refuse all other runs meanwhile.
+
+    They are refused before they begin. When a run calls the first hook, it has changed the Trainer's module,
+    dataloaders and strategy already, and if that raises, it tears them down.
+    """
+    others = (trainer, getattr(trainer.lightning_module if model is None else model, "_trainer", None))
+    if any(isinstance(callback, _Deliver) for other in others if other is not None for callback in other.callbacks):
+        _refuse()
+    predict, attributes = trainer.predict, vars(trainer)
+    before = {name: attributes[name] for name in _RUNS if name in attributes}
+    trainer.callbacks.append(deliver)
+    attributes.update(dict.fromkeys(_RUNS, _refuse))
+    try:
+        yield predict
+    finally:
+        for name in _RUNS:
+            del attributes[name]
+        attributes.update(before)
+        trainer.callbacks.remove(deliver)
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError(
+        "This Trainer, or its module, is in a `stream` that has not ended. End that loop first (`close()` ends an"
+        " iterator that is kept), or use another Trainer with another copy of the module."
+    )
 
 
 def _wait_for(thread: threading.Thread) -> None:
@@ -141,11 +169,16 @@ class _Handover:
             self._waiting.append(prediction)
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """No more will come."""
+    def end(self, *, wait: bool = False) -> None:
+        """No more will come.
+
+        Args:
+            wait: Whether to wait until the caller has left the loop.
+        """
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stopped or not wait)
 
     def stop(self) -> None:
         """No more are wanted."""
@@ -175,5 +208,10 @@ class _Deliver(BasePredictionWriter):
 
     @override
     def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Any, *_: Any) -> None:
+        if pl_module.trainer.strategy is not trainer.strategy:
+            raise RuntimeError(
+                "Another Trainer has run the module of a `stream` that has not ended, which changes its mode, device or"
+                " weights. Give that Trainer a copy, made before the loop."
+            )
         # A copy, since the next step runs while the caller uses it.
         self._handover.put(host_copy(prediction))

@@ -1,7 +1,9 @@
 """`stream` yields what `trainer.predict` returns, while it is predicted."""
 
+import copy
 import gc
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -155,6 +157,111 @@ def test_rule_11_a_second_ctrl_c_leaves_nothing_on_the_trainer(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         predictions.close()  # type: ignore[attr-defined]
     assert ours.callbacks == callbacks
+
+
+class Sevens(Net):
+    """Predicts something else."""
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self.net(batch) * 0 + 7
+
+
+ACCELERATORS: list[Any] = ["cpu", HPUInferenceAccelerator]
+RUNS = ("fit", "validate", "test", "predict")
+
+
+def made(accelerator: Any, **flags: Any) -> Any:
+    return trainer(accelerator if isinstance(accelerator, str) else accelerator(**flags))
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, ids=str)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_trainer_that_streams_refuses_other_runs_and_goes_on_unharmed(accelerator: Any, run: str) -> None:
+    ours = made(accelerator)
+    attributes, callbacks = set(vars(ours)), list(ours.callbacks)
+    taken = []
+    for prediction in stream(ours, Net(), rows(12, 2)):
+        taken.append(prediction)
+        with pytest.raises(RuntimeError, match="in a `stream` that has not ended"):  # in the last turn too
+            getattr(ours, run)(Sevens(), rows(4, 2))
+    assert_equal(taken, predict("cpu", Net(), rows(12, 2)))
+    assert set(vars(ours)) == attributes
+    assert ours.callbacks == callbacks
+    assert_equal(ours.predict(Sevens(), rows(4, 2)), predict("cpu", Sevens(), rows(4, 2)))
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, ids=str)
+@pytest.mark.parametrize("shared", ["trainer", "module"])
+def test_a_second_stream_of_the_same_is_refused(accelerator: Any, shared: str) -> None:
+    ours, net = made(accelerator), Net()
+    first = stream(ours, net, rows(12, 2))
+    second = stream(*((ours, Sevens()) if shared == "trainer" else (made(accelerator), net)), rows(12, 2))
+    taken = [next(first)]
+    with pytest.raises(RuntimeError, match="in a `stream` that has not ended"):
+        next(second)
+    assert_equal([*taken, *first], predict("cpu", Net(), rows(12, 2)))
+    assert left_behind() == []
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, ids=str)
+def test_a_trainer_of_an_iterator_that_is_kept_is_free_once_it_is_closed(accelerator: Any) -> None:
+    ours = made(accelerator)
+    kept: Any = stream(ours, Net(), rows(40, 2))
+    next(kept)
+    with pytest.raises(RuntimeError, match="in a `stream` that has not ended"):
+        ours.predict(Sevens(), rows(4, 2))
+    kept.close()
+    assert_equal(ours.predict(Sevens(), rows(4, 2)), predict("cpu", Sevens(), rows(4, 2)))
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, ids=str)
+def test_a_module_that_another_trainer_has_run_ends_the_stream(accelerator: Any) -> None:
+    net = Net()
+    flags = {} if accelerator == "cpu" else {"hpu_graphs": False}
+    predictions = stream(made(accelerator, **flags), net, rows(80, 2), max_pending=1)
+    taken = [next(predictions)]
+    with suppress(RuntimeError):  # Either run may fail: both move the module.
+        made(accelerator, **flags).predict(net, rows(4, 2))
+    with pytest.raises(RuntimeError):
+        taken.extend(predictions)
+    assert len(taken) < 40
+    assert_equal(taken, predict("cpu", Net(), rows(80, 2))[: len(taken)])
+
+
+@pytest.mark.parametrize("accelerator", ACCELERATORS, ids=str)
+def test_another_trainer_with_a_copy_predicts_inside_of_the_loop(accelerator: Any) -> None:
+    net = Net()
+    other, copied = made(accelerator), copy.deepcopy(net)
+    taken = []
+    for prediction in stream(made(accelerator), net, rows(6, 2)):
+        taken.append(prediction)
+        assert_equal(other.predict(copied, rows(4, 2)), predict("cpu", Net(), rows(4, 2)))
+    assert_equal(taken, predict("cpu", Net(), rows(6, 2)))
+
+
+def test_a_run_that_is_left_behind_keeps_its_trainer_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    class Waits(Net):
+        def on_predict_end(self) -> None:
+            go_on.wait(60)
+
+    def interrupted(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streaming, "_wait_for", interrupted)
+    ours = made("cpu")
+    predictions: Any = stream(ours, Waits(), rows(4, 2))
+    taken = [next(predictions), next(predictions)]
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "hpu-infer-stream")
+    with pytest.raises(KeyboardInterrupt):
+        predictions.close()
+    with pytest.raises(RuntimeError, match="in a `stream` that has not ended"):
+        ours.predict(Sevens(), rows(4, 2))
+    go_on.set()
+    thread.join()
+    assert_equal(taken, predict("cpu", Net(), rows(4, 2)))
+    assert_equal(ours.predict(Sevens(), rows(4, 2)), predict("cpu", Sevens(), rows(4, 2)))
 
 
 def test_predictions_are_the_callers_to_change() -> None:
