@@ -1,12 +1,18 @@
 """Nested collections, as batches and outputs are: walked, and copied only where a part of them changes."""
 
 import copy
+from array import array
 from collections import UserList, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
+from sys import getsizeof
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+_FLAT = {array, bool, bytearray, bytes, complex, float, int, str, type(None)}
+"""Types of which `getsizeof` tells all."""
 
 
 def parts_of(data: Any) -> dict[Any, Any] | None:
@@ -87,8 +93,25 @@ def tensors_in(data: Any) -> Iterator[Tensor]:
 
 
 def size_of(data: Any) -> int:
-    """Bytes of the tensors in nested collections; about as many, where they are sparse."""
-    return sum(map(_bytes_of, tensors_in(data)))
+    """Bytes of what nested collections hold: tensors, arrays, strings, numbers. About as many, where they are sparse.
+
+    Of an object of another class, what it says itself. Collections count as their parts do.
+    """
+    if isinstance(data, Tensor):
+        return _bytes_of(data)
+    if isinstance(data, np.ndarray):
+        return data.nbytes + (size_of(data.ravel().tolist()) if data.dtype.hasobject else 0)
+    if isinstance(data, memoryview | np.generic):
+        return data.nbytes
+    parts: Collection[Any]
+    if isinstance(data, list | tuple | set | frozenset):
+        parts = data
+    elif (named := parts_of(data)) is not None:
+        parts = named.values()
+    else:
+        return getsizeof(data, 0)
+    # Of very many numbers or strings, without a call per part.
+    return sum(map(getsizeof if _FLAT.issuperset(map(type, parts)) else size_of, parts))
 
 
 def _bytes_of(tensor: Tensor) -> int:

@@ -1,11 +1,14 @@
 """Nested collections are walked and copied, and never rebuilt where nothing changes."""
 
+import sys
+from array import array
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -68,7 +71,7 @@ def test_tensors_are_replaced_in_a_copy_that_keeps_the_rest(make: Callable[[Tens
     assert type(doubled) is type(data)
     assert [tensor.tolist() for tensor in tensors_in(doubled)] == [[2.0, 2.0]]
     assert [tensor is X for tensor in tensors_in(data)] == [True]  # the given one is as before
-    assert size_of(data) == size_of(doubled) == 8
+    assert 8 <= size_of(data) == size_of(doubled) < 100
     attributes = {
         name: value for name, value in getattr(data, "__dict__", {}).items() if name in ("tag", "_n_sequences")
     }
@@ -99,3 +102,54 @@ def test_a_part_that_was_never_set_is_passed_over() -> None:
     frozen = Frozen(X)
     object.__delattr__(frozen, "x")
     assert list(tensors_in(frozen)) == []
+
+
+@dataclass
+class Row:
+    text: str
+    scores: Any
+
+
+TEXT, BLOCK = "x" * 10_000, np.zeros(10_000, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (BLOCK, 1),
+        (BLOCK[:5_000], 0.5),
+        (memoryview(bytes(10_000)), 1),
+        (array("b", bytes(10_000)), 1),
+        (TEXT, 1),
+        (TEXT.encode(), 1),
+        (bytearray(10_000), 1),
+        ([TEXT, 1, 2.0, None], 1),
+        ((TEXT, torch.zeros(10_000, dtype=torch.uint8)), 2),
+        ({"a": [TEXT, {"b": BLOCK}]}, 2),
+        ({"a", TEXT}, 1),
+        (deque([TEXT, TEXT]), 2),
+        (np.array([TEXT, BLOCK], object), 2),
+        (Row(TEXT, [BLOCK, BLOCK]), 3),
+        (object(), 0),
+        (list(np.arange(1_250.0)), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_size_counts_all_that_holds_bytes(data: Any, count: float) -> None:
+    assert size_of(data) == pytest.approx(10_000 * count, abs=800)
+
+
+def test_the_size_of_very_many_numbers_is_found_without_a_call_for_each() -> None:
+    calls = 0
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(called)
+    try:
+        size = size_of({"ids": list(range(100_000))})
+    finally:
+        sys.setprofile(None)
+    assert size > 100_000 * 8
+    assert calls < 20

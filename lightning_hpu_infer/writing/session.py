@@ -131,7 +131,7 @@ class Session:
         ids = None if self._id_key is None else host_copy(_part(batch, self._id_key, where))
         item = _Item(host_copy(prediction), index, keep, stretch, loader, ids, where, self._batches)
         self._batches += 1
-        size = size_of(item.prediction) + item.index.nbytes + _ITEM_BYTES
+        size = size_of((item.prediction, item.ids, item.index)) + _ITEM_BYTES
         self._observer.timed(Stage.WAIT_WRITER, self._background.put, item, size, where)
 
     def close(self, *, complete: bool) -> None:

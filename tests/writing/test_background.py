@@ -1,10 +1,17 @@
 """The thread writes all in order, holds no more bytes than it may, and its errors surface."""
 
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter
 from lightning_hpu_infer.writing.background import Background
+from tests.helpers import Net, rows, trainer
 
 
 def test_items_are_written_in_order() -> None:
@@ -115,3 +122,37 @@ def test_spans_are_told() -> None:
     ((start, end, item),) = spans
     assert start <= end
     assert item == 7
+
+
+SIZE = 100_000
+PREDICTIONS: dict[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.zeros(2, SIZE // 2, dtype=torch.uint8),
+    "array": lambda: np.zeros((2, SIZE // 2), np.uint8),
+    "array of objects": lambda: np.array(["x" * (SIZE // 2)] * 2, object),
+    "strings": lambda: ["x" * (SIZE // 2)] * 2,
+    "bytes": lambda: {"raw": [b"x" * (SIZE // 2)] * 2},
+    "numbers": lambda: [list(range(SIZE // 16))] * 2,
+    "dicts": lambda: [{"text": "x" * (SIZE // 2), "none": None}] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_rule_9_whatever_a_step_returns_counts_with_all_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    class Returns(Net):
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return PREDICTIONS[kind]()
+
+    counted: list[int] = []
+    put = Background.put
+
+    def counting(background: Background[Any], item: Any, nbytes: int, where: str = "") -> None:
+        counted.append(nbytes)
+        put(background, item, nbytes, where)
+
+    monkeypatch.setattr(Background, "put", counting)
+    ours = trainer(HPUInferenceAccelerator(), [PredictionWriter(tmp_path)])
+    ours.predict(Returns(), rows(4, 2), return_predictions=False)
+    assert len(counted) == 2
+    assert all(SIZE <= nbytes < 4 * SIZE for nbytes in counted)
