@@ -5,16 +5,17 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import count
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_hpu_infer import _habana
-from lightning_hpu_infer.ahead import has_modes
+from lightning_hpu_infer.ahead import has_modes, reason_against
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.engine import Engine
 from lightning_hpu_infer.lengths.buckets import Buckets, NoBuckets
@@ -214,11 +215,12 @@ class InferencePipeline:
     def _predict(self, batches: Iterable[Any], window: int) -> Iterator[Any]:
         """The order of the stages: batches are prepared ahead, submitted, and their results taken behind."""
         engine, results = self._engine, InOrder()
-        depth = self.config.prefetch_depth(self.device.type)
+        overlaps = self._may_overlap(batches)
+        depth = self.config.prefetch_depth(self.device.type) if overlaps else 0
         prepared = Prefetcher(self._prepared(batches, window), depth, torch.inference_mode)
         taken: deque[tuple[int, Future[Any]]] = deque()
         failed: Exception | None = None
-        with self._tuned(prepared) as tune:
+        with self._tuned(prepared) if overlaps else nullcontext(lambda: None) as tune:
             try:
                 with prepared:
                     while failed is None:
@@ -231,7 +233,7 @@ class InferencePipeline:
                         except Exception as error:
                             failed = error
                         tune()
-                        while len(taken) > engine.ahead:
+                        while len(taken) > (engine.ahead if overlaps else 0):
                             yield from results.add(*_awaited(*taken.popleft()))
                 while taken:
                     yield from results.add(*_awaited(*taken.popleft()))
@@ -240,6 +242,15 @@ class InferencePipeline:
                     future.cancel()
         if failed is not None:
             raise failed
+
+    def _may_overlap(self, batches: Iterable[Any]) -> bool:
+        """Whether batches may be prepared before the steps of earlier ones have run, as far as anything is known."""
+        depth, tunes = self.config.prefetch_depth(self.device.type), self.config.tunes_depths(self.device.type)
+        if self.config.prefetch or not (tunes or self._engine.ahead):
+            return True  # whoever asks for the thread knows; or nothing is done ahead
+        if reason := reason_against([batches], [self._engine.model.module]):
+            rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth or 1}` if it may be.")
+        return not reason
 
     def _prepared(self, batches: Iterable[Any], window: int) -> Iterator[tuple[int, Work]]:
         """The batches, ready for the device, with their places. Advancing this is the prefetch thread's work."""
