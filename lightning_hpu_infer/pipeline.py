@@ -228,7 +228,8 @@ class InferencePipeline:
                             if (item := next(prepared, _NONE)) is _NONE:
                                 break
                             place, work = item
-                            engine.submit(work)
+                            if not work.future.done():
+                                engine.submit(work)
                             taken.append((place, work.future))
                         except Exception as error:
                             failed = error
@@ -261,7 +262,12 @@ class InferencePipeline:
             fetched = ((index, self._prepare.convert(batch, index, owns=reused)) for index, batch in fetched)
         for place, (index, batch) in longest_first(fetched, window, lambda item: self._buckets.spec.length_of(item[1])):
             work = Work(index, batch, place)
-            self._prepare(work, converts=window == 1, owns=reused and window == 1)
+            try:
+                self._prepare(work, converts=window == 1, owns=reused and window == 1)
+            except Exception as error:
+                if window == 1:
+                    raise
+                work.fail(error)  # batches before it may come behind it
             yield place, work
 
     def _fetched(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:

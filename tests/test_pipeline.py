@@ -301,26 +301,6 @@ def test_a_window_needs_lengths() -> None:
             pipeline.predict(batches(), window=0)
 
 
-@pytest.mark.parametrize("fault", ["batches", "model"])
-def test_an_error_within_a_window_comes_after_the_outputs_before_it(fault: str) -> None:
-    def faulty() -> Iterator[Any]:
-        for index, batch in enumerate(sentences(LENGTHS)):
-            if index == 5:
-                if fault == "batches":
-                    raise Broken("batch 5")
-                batch["attention_mask"] = batch["attention_mask"][:1, :, None]
-            yield batch
-
-    found: list[Any] = []
-    config = InferenceConfig(bucket_lengths=[4, 10], pad_spec=WORDS)
-    with InferencePipeline(Words(), config=config) as pipeline:
-        with pytest.raises(Broken if fault == "batches" else RuntimeError):
-            found.extend(pipeline.predict(faulty(), window=4))
-        with torch.inference_mode():
-            assert_equal(found, [Words()(batch) for batch in sentences(LENGTHS)[:5]])
-        list(pipeline.predict(sentences(LENGTHS)))
-
-
 # Observation and depths
 
 

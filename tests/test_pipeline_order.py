@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hpu_infer import InferenceConfig, InferencePipeline
-from tests.helpers import Rows, assert_equal
+from tests.helpers import Broken, Rows, assert_equal
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -83,3 +83,63 @@ def test_whoever_asks_for_the_thread_gets_it(caplog: pytest.LogCaptureFixture) -
         assert_equal(list(pipeline.predict(list(Rows(7).rows))), list(Rows(7).rows))
     assert threading.main_thread() not in threads
     assert "No batch is prepared ahead" not in caplog.text
+
+
+# Errors within a window
+
+
+class Lookup(LightningModule):
+    """Sums of what sentences stand for, without their padding."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__()
+        self.broken = broken
+        self.table = nn.Embedding.from_pretrained(torch.arange(20.0).reshape(10, 2))
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        if self.broken == "hook" and batch["input_ids"].shape[1] == 5:
+            raise Broken
+        return batch
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return (self.table(batch["input_ids"]) * batch["attention_mask"].unsqueeze(-1)).sum(1)
+
+
+def sentence(length: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.full((2, length), length), "attention_mask": torch.ones(2, length)}
+
+
+BAD_BATCHES: dict[str, dict[str, Tensor]] = {
+    "length": {"x": torch.ones(2, 5)},
+    "padding": sentence(5) | {"attention_mask": torch.ones(2, 4)},
+    "step": sentence(5) | {"attention_mask": torch.ones(1, 5, 1)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:A part of `predict_step` runs without an HPU graph")
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("window", [1, 4, 6, 100])
+@pytest.mark.parametrize("fault", ["batches", "hook", *BAD_BATCHES])
+def test_rule_10_within_a_window_an_error_comes_after_the_outputs_before_it(
+    fault: str, window: int, prefetch: int
+) -> None:
+    lengths = [3, 9, 4, 7, 2, 5, 6, 8, 1]
+
+    def faulty() -> Iterator[dict[str, Tensor]]:
+        for length in lengths:
+            if fault == "batches" and length == 5:
+                raise Broken
+            yield BAD_BATCHES.get(fault, sentence(length)) if length == 5 else sentence(length)
+
+    with torch.inference_mode():
+        truth = [Lookup().predict_step(sentence(length), 0) for length in lengths]
+    config = InferenceConfig(bucket_lengths=[4, 10], pad_spec="tokenizer", prefetch=prefetch, hpu_graphs=False)
+    found: list[Tensor] = []
+    with InferencePipeline(Lookup(fault), config=config) as pipeline:
+        with pytest.raises(Exception) as raised:  # noqa: PT011 (each fault has its own)
+            found.extend(pipeline.predict(faulty(), window=window))
+        assert_equal(found, truth[:5])
+        assert_equal(list(pipeline.predict([sentence(3)])), truth[:1])
+    assert isinstance(
+        raised.value, {"length": ValueError, "padding": ValueError, "step": RuntimeError}.get(fault, Broken)
+    )

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 
 def longest_first(batches: Iterable[Any], window: int, length_of: Callable[[Any], int]) -> Iterator[tuple[int, Any]]:
     """The batches, each with its place. Of every `window` batches the longest comes first.
 
-    An error of `batches` comes after the batches before it.
+    An error of `batches`, and one of `length_of`, comes after the batches before it.
 
     Args:
         batches: In the order in which they were made. One after the other is asked for, a window ahead.
@@ -21,15 +22,17 @@ def longest_first(batches: Iterable[Any], window: int, length_of: Callable[[Any]
         return
     failed: Exception | None = None
     while failed is None:
-        found: list[tuple[int, Any]] = []
+        found: list[tuple[int, int, Any]] = []
         try:
-            found.extend(islice(numbered, window))  # keeps what came before an error
-        except Exception as error:
+            for place, batch in islice(numbered, window):
+                found.append((-length_of(batch), place, batch))
+        except Exception as error:  # what came before it is kept
             failed = error
         if not found:
             break
         # In the given order where lengths are equal.
-        yield from sorted(found, key=lambda item: -length_of(item[1]))
+        for _, place, batch in sorted(found, key=itemgetter(0)):
+            yield place, batch
     if failed is not None:
         raise failed
 

@@ -49,6 +49,19 @@ def test_an_error_comes_after_the_batches_before_it(window: int) -> None:
     assert sorted(found) == [(number, number) for number in range(5)]
 
 
+@pytest.mark.parametrize("window", [2, 3, 4, 10])
+def test_an_error_of_a_length_comes_after_the_batches_before_it(window: int) -> None:
+    def length_of(number: int) -> int:
+        if number == 3:
+            raise Broken
+        return number
+
+    found: list[tuple[int, int]] = []
+    with pytest.raises(Broken):
+        found.extend(longest_first(range(9), window, length_of))
+    assert sorted(found) == [(number, number) for number in range(3)]
+
+
 def test_a_result_is_taken_when_its_turn_comes() -> None:
     def broken() -> None:
         raise Broken
