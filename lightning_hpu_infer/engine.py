@@ -2,6 +2,7 @@
 
 import atexit
 import contextvars
+import os
 import queue
 import threading
 from concurrent.futures import Future
@@ -26,7 +27,7 @@ from lightning_hpu_infer.source import warm_up
 from lightning_hpu_infer.step import DeviceStep, inside
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 from lightning_hpu_infer.tuning import WhilePredicting
-from lightning_hpu_infer.work import CLOSED, Work
+from lightning_hpu_infer.work import CLOSED, FORKED, Work
 
 _JOIN_SECONDS = 10.0
 _END: Any = object()
@@ -78,6 +79,7 @@ class Engine:
         self.closed = False
         """Whether nothing can be submitted any more."""
         self._cancels = False
+        self._process = os.getpid()
         started: Future[None] = Future()
         # The context variables of whoever makes it hold in the thread too, as they would without one.
         run = partial(contextvars.copy_context().run, self._run, model, started)
@@ -113,12 +115,27 @@ class Engine:
         """Whether the caller is this engine's thread, which must not wait for itself."""
         return threading.current_thread() is self._thread
 
+    def check_process(self) -> None:
+        """Refuse to wait for a thread that is not there.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        if self.is_forked:
+            raise RuntimeError(FORKED)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked after the engine was made, and so lacks its thread."""
+        return os.getpid() != self._process
+
     def submit(self, work: Work) -> None:
         """Have a batch computed after those before it. Does not wait.
 
         Raises:
-            RuntimeError: If the engine is closed.
+            RuntimeError: If the engine is closed, or of another process.
         """
+        self.check_process()
         with self._lock:
             if self.closed:
                 raise RuntimeError(CLOSED)
@@ -132,6 +149,8 @@ class Engine:
             wait: Whether to wait for the end; in the engine's own thread nobody does. Where batches are cancelled, for
                 ten seconds at most.
         """
+        if self.is_forked:
+            return  # its locks may be held by threads that are not there
         with self._lock:
             self._cancels |= cancel
             if not self.closed:

@@ -127,6 +127,8 @@ class InferencePipeline:
         Args:
             cancel: Cancel the batches that were not launched, and wait for the others for ten seconds at most.
         """
+        if self._engine.is_forked:
+            return
         self._engine.close(cancel=cancel, wait=False)
         self._room.look_again()
         self._engine.close(cancel=cancel)
@@ -143,10 +145,10 @@ class InferencePipeline:
             Its result, to come.
 
         Raises:
-            RuntimeError: If the pipeline is closed; if it is full and does not wait; or if this thread has modes that
-                the pipeline's has not.
+            RuntimeError: If the pipeline is closed; if it is full and does not wait; if this thread has modes that the
+                pipeline's has not; or if this process was forked after the pipeline was made.
         """
-        self._check_modes()
+        self._check_caller()
         self._room.enter()
         work = Work(next(self._indices), batch, next(self._submitted), on_end=self._room.leave)
         try:
@@ -180,9 +182,11 @@ class InferencePipeline:
 
         Raises:
             IndexError: If every batch pushed was popped.
+            RuntimeError: If the batch was cancelled as the pipeline was closed, or this process was forked.
         """
         if not self._pushed:
             raise IndexError("Nothing is in flight: every batch that was pushed has been popped. Push one first.")
+        self._engine.check_process()
         return _result(self._pushed.popleft())
 
     # Many batches
@@ -199,7 +203,8 @@ class InferencePipeline:
                 which tells a batch's length.
 
         Raises:
-            RuntimeError: If the pipeline is closed, or this thread has modes that the pipeline's has not.
+            RuntimeError: If the pipeline is closed, this thread has modes that the pipeline's has not, or this process
+                was forked after the pipeline was made.
             ValueError: If `window` is out of its range, or there is no `pad_spec`.
         """
         if window < 1:
@@ -209,7 +214,9 @@ class InferencePipeline:
                 "`window` puts batches in order of length, which `pad_spec` tells: pass `lengths='auto'`, or"
                 " `bucket_lengths` with a `pad_spec`."
             )
-        self._check_modes()
+        self._check_caller()
+        if self.closed:
+            raise RuntimeError(CLOSED)
         return self._predict(batches, window)
 
     def _predict(self, batches: Iterable[Any], window: int) -> Iterator[Any]:
@@ -300,8 +307,9 @@ class InferencePipeline:
             # For single batches greater depths only mean later results.
             watching.tuner, engine.depth = None, first.in_flight
 
-    def _check_modes(self) -> None:
-        """Refuse what would be computed otherwise in this thread."""
+    def _check_caller(self) -> None:
+        """Refuse what would be computed otherwise in this thread, or never."""
+        self._engine.check_process()
         if has_modes() or torch.is_autocast_enabled(self.device.type):
             raise RuntimeError(
                 "`torch.autocast` or `torch.set_default_device` is on in this thread, but a pipeline computes in one of"
@@ -313,6 +321,8 @@ def _result(future: "Future[Any]") -> Any:
     try:
         return future.result()
     except CancelledError:
+        if not future.cancelled():
+            raise  # by the model
         raise RuntimeError(CLOSED) from None
 
 

@@ -1,5 +1,6 @@
 """A batch that was submitted, and the bound on how many there may be."""
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -8,9 +9,31 @@ from typing import Any, Literal, Protocol
 
 from lightning_hpu_infer.lengths.buckets import Lengths
 
+_log = logging.getLogger(__name__)
+
 CLOSED = "This pipeline is closed: make another one."
+FORKED = "This pipeline was made before this process was forked, which has no thread of it: make one in each process."
 _WHEN_FULL = "Wait for a result first, or pass `when_full='wait'`."
 _IN_CALLBACK = "The pipeline's own thread, in which callbacks of futures run, cannot wait: submit from another one."
+
+
+class _Result(Future[Any]):
+    """A future whose callbacks cannot end the thread that calls them."""
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Have a function called when the result is there."""
+
+        def call(future: Future[Any]) -> None:
+            try:
+                fn(future)
+            except Exception:
+                raise  # which the base class logs
+            except BaseException as error:
+                if threading.current_thread() is threading.main_thread():
+                    raise  # as Ctrl-C does
+                _log.exception("A callback of a future raised %s, which ends nothing here.", type(error).__name__)
+
+        super().add_done_callback(call)
 
 
 @dataclass(slots=True, eq=False)
@@ -27,7 +50,7 @@ class Work:
     """Its length before and after padding; None if it was not padded."""
     on_end: Callable[[], object] | None = None
     """Called before the future is done, when the batch takes up no place any more."""
-    future: "Future[Any]" = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=_Result)
 
     def __str__(self) -> str:
         """Its name in messages."""
