@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_hpu_infer.ahead import has_modes
 from lightning_hpu_infer.config import InferenceConfig
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.workers import Mode, Processes, timed
+from lightning_hpu_infer.workers import Mode, Processes, opened, timed
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Postprocess(Generic[T]):
             and _may_run_elsewhere(threads or not in_threads)
         ):
             self._pool = (_Threads if in_threads else Processes)(self._function, workers, mode)
+            self._timed = partial(timed, mode, self._function)
         self.depth = 2 * workers if self._pool is not None else 0
         """Items that may be in it when another one comes: one at work and one waiting per worker."""
         self._pending: deque[tuple[T, int, Any]] = deque()
@@ -106,15 +107,26 @@ class Postprocess(Generic[T]):
             index: The batch's index, for the observer.
         """
         if self._pool is not None:
-            try:
-                output = self._pool.submit(output)
-            except RuntimeError as error:
-                # A pool that broke. The items before this one have their turn first.
-                output = Future()
-                output.set_exception(error)
+            output = self._submitted(self._pool, output)
             if (on_done := self._on_done) is not None:
                 output.add_done_callback(lambda _: on_done())
         self._pending.append((item, index, output))
+
+    def _submitted(self, pool: "_Threads | Processes", output: Any) -> "Future[Any]":
+        """A call in the pool; where that takes nothing, one that is done."""
+        try:
+            return pool.submit(output)
+        except RuntimeError as error:
+            done: Future[Any] = Future()
+            if not str(error).startswith("cannot schedule new futures"):
+                done.set_exception(error)  # the items before this one have their turn first
+                return done
+        # The main thread has ended, and with it all pools; but items may be left, and other threads make more.
+        try:
+            done.set_result(self._timed(output))
+        except BaseException as error:
+            done.set_exception(error)
+        return done
 
     def take(self) -> tuple[T, Any]:
         """Wait for the oldest item; returns it with what the function returned, or raises what the function raised.
@@ -130,9 +142,12 @@ class Postprocess(Generic[T]):
         try:
             start, end, value = self._observer.timed(Stage.WAIT_POSTPROCESS, output.result)
             self._observer.add(Stage.POSTPROCESS, Lane.POSTPROCESS, start, end, index)
-            return item, self._pool.opened(value)
+            return item, opened(value)
         except Exception as error:
-            self._fail(error, f"`postprocess` of {item}")
+            where = f"`postprocess` of {item}"
+            if isinstance(self._pool, Processes) and (cause := self._pool.cause(output)):
+                raise RuntimeError(f"{where}, or of a batch that was in the pool with it: {cause}") from error
+            self._fail(error, where)
 
     def call(self, item: T, output: Any) -> Any:
         """Call the function in place; returns and raises as `take` does."""
@@ -156,8 +171,6 @@ class Postprocess(Generic[T]):
             self._pool.close(running)
 
     def _fail(self, error: Exception, where: str) -> NoReturn:
-        if isinstance(self._pool, Processes) and (cause := self._pool.cause(error)):
-            raise RuntimeError(f"{where}, or of a later batch: {cause}") from error
         if isinstance(error, StopIteration):
             # From a hook it ends a run quietly, as in stock Lightning; here predictions would be missing.
             raise RuntimeError(f"{where} raised StopIteration.") from error
@@ -173,6 +186,8 @@ def _may_run_elsewhere(threads: bool) -> bool:
     reason = "" if threads else "the step changes torch's default dtype, which threads share"
     if has_modes():
         reason = "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
+    if not threading.main_thread().is_alive():
+        reason = "the main thread has ended, and Python starts no pool any more"
     if reason:
         rank_zero_info(f"`postprocess` runs in place, since {reason}.")
     return not reason
@@ -203,10 +218,6 @@ class _Threads:
 
     def submit(self, argument: Any) -> "Future[tuple[float, float, Any]]":
         return self._pool.submit(contextvars.copy_context().run, self._call, argument)
-
-    @staticmethod
-    def opened(value: Any) -> Any:
-        return value
 
     def close(self, running: "list[Future[Any]]") -> None:
         stuck = wait(running, _JOIN_SECONDS).not_done

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,29 +62,40 @@ class Processes:
                 f"`postprocess={function!r}` cannot be sent to other processes ({error}). Define it with `def` at the"
                 f" top level of a module, or {_THREADS}."
             ) from error
+        self._new_pool = partial(ProcessPoolExecutor, workers, initializer=_begin, initargs=(job,))
+        self._contexts: WeakKeyDictionary[Future[Any], _Context] = WeakKeyDictionary()
+        self._start()
+
+    def _start(self) -> None:
         self._context = _Context()
-        self._pool = ProcessPoolExecutor(workers, self._context, _begin, (job,))
+        self._pool = self._new_pool(mp_context=self._context)
 
     def submit(self, argument: Any) -> "Future[tuple[float, float, Any]]":
-        """Have the function called as `timed` does. `opened` gives what its value stands for.
+        """Have the function called as `timed` does; `opened` gives its value.
+
+        If a process died, all calls that had not ended fail. This one, and those after it, go to new processes.
 
         Raises:
-            BrokenProcessPool: If a process has died.
+            RuntimeError: If Python is ending.
         """
-        return self._pool.submit(_work, Parcel(argument, "What `predict_step` returned"))
+        parcel, dtype = Parcel(argument, "What `predict_step` returned"), torch.get_default_dtype()
+        try:
+            call = self._pool.submit(_work, parcel, dtype)
+        except BrokenProcessPool:
+            self._pool.shutdown()  # with its other processes
+            self._start()
+            call = self._pool.submit(_work, parcel, dtype)
+        self._contexts[call] = self._context
+        return call
 
-    @staticmethod
-    def opened(value: Any) -> Any:
-        """What the function returned."""
-        return value.open()
-
-    def cause(self, error: BaseException) -> str:
-        """Why an error of a call is none of the function: its process died. Empty otherwise."""
-        if not isinstance(error, BrokenProcessPool):
+    def cause(self, call: "Future[Any]") -> str:
+        """Why a call failed, if that is none of the function: its process died. Empty otherwise."""
+        context = self._contexts.get(call)
+        if context is None or not isinstance(call.exception(), BrokenProcessPool):
             return ""
-        for process in self._context.processes:
+        for process in context.processes:
             process.join(1)  # the pool ends them all, in a thread that may be at it
-        codes = {process.exitcode for process in self._context.processes} - {None, 0, -signal.SIGTERM}
+        codes = {process.exitcode for process in context.processes} - {None, 0, -signal.SIGTERM}
         return (
             f"a worker process of `postprocess` died (exit codes {sorted(codes)}; minus 9 is often a lack of"  # type: ignore[type-var]
             " memory). If its own message above says that the main module must be importable, put what your script"
@@ -96,6 +108,11 @@ class Processes:
             for process in self._context.processes:
                 process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def opened(value: Any) -> Any:
+    """What a function returned, in a process or not."""
+    return value.open() if isinstance(value, Sealed) else value
 
 
 class _Process(SpawnProcess):
@@ -160,8 +177,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(argument: Any) -> tuple[float, float, "Parcel"]:
+def _work(argument: Any, dtype: torch.dtype) -> tuple[float, float, "Parcel"]:
     try:
+        torch.set_default_dtype(dtype)
         function, mode = _job()
         with mode():
             opened = argument.open()

@@ -29,15 +29,59 @@ def test_python_ends_if_nobody_closes(device: str) -> None:
         generator = pipeline.predict(torch.zeros(1) for _ in iter(int, 1))
         next(generator)
     """
+    assert printed_by(script) == [str(number) for number in range(30)]
+
+
+def test_python_ends_if_nobody_closes_and_postprocess_has_no_pool_any_more() -> None:
+    """Python ends all pools before it waits for threads, and before exit handlers."""
+    script = """
+        import operator
+        import threading
+        import torch
+        from torch import nn
+        from lightning_hpu_infer import InferenceConfig, InferencePipeline
+
+        class Late(nn.Module):
+            def forward(self, x):
+                threading.main_thread().join()
+                return x
+
+        def pipeline(backend, model=Late):
+            config = InferenceConfig(postprocess=operator.neg, postprocess_backend=backend)
+            return InferencePipeline(model, "cpu", config)
+
+        def go_on():
+            threading.main_thread().join()
+            for each in (*pipelines.values(), pipeline("thread", nn.Identity), pipeline("process", nn.Identity)):
+                late.append(int(each.submit(torch.full((1,), 5.0)).result()))
+            print("late", *late, flush=True)
+
+        late, done = [], {"thread": [], "process": []}
+        pipelines = {backend: pipeline(backend) for backend in done}
+        for backend, each in pipelines.items():
+            for number in range(5):
+                future = each.submit(torch.full((1,), float(number)))
+                future.add_done_callback(lambda future, backend=backend: done[backend].append(int(future.result())))
+            future.add_done_callback(lambda _, backend=backend: print(backend, *done[backend], flush=True))
+        threading.Thread(target=go_on).start()
+    """
+    in_place = "`postprocess` runs in place, since the main thread has ended, and Python starts no pool any more.\n"
+    printed = " ".join(printed_by(script, 2 * in_place))  # of those that are made then
+    for line in ("thread 0 -1 -2 -3 -4", "process 0 -1 -2 -3 -4", "late -5 -5 -5 -5"):
+        assert line in printed
+
+
+def printed_by(script: str, said: str = "") -> list[str]:
+    """What a script printed whose Python ended as it should, and which said so much."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == [str(number) for number in range(30)]
+    assert (done.returncode, done.stderr) == (0, said)
+    return done.stdout.split()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")

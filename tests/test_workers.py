@@ -36,6 +36,7 @@ class Seen(NamedTuple):
     threads: int
     inference: bool
     bridge: bool
+    dtype: torch.dtype
     pid: int
 
 
@@ -54,7 +55,8 @@ def look(output: Any) -> Any:
     if output == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     bridge = "habana_frameworks" in sys.modules
-    return Seen(2 * output["x"], torch.get_num_threads(), (2 * output["x"]).is_inference(), bridge, os.getpid())
+    doubled = 2 * output["x"]
+    return Seen(doubled, torch.get_num_threads(), doubled.is_inference(), bridge, torch.tensor(1.0).dtype, os.getpid())
 
 
 @pytest.mark.usefixtures("emulated", "path_without_vision")
@@ -69,17 +71,19 @@ def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatc
         processes(look, torch.inference_mode) as stage,
     ):
         for index, output in enumerate(outputs):
+            torch.set_default_dtype(torch.float64 if index == 4 else torch.float32)
             stage.submit(f"batch {index}", output, index)
         while stage:
             try:
                 results.append(stage.take()[1])
             except Exception as error:
                 results.append(error)
-        stage.submit("batch 7", {"x": x}, 7)  # of a pool that broke
-        with pytest.raises(RuntimeError, match="batch 7, or of a later batch: a worker process of `postprocess` died"):
-            stage.take()
+        for index in (7, 8):  # of a pool that broke
+            stage.submit(f"batch {index}", {"x": x}, index)
+        results += [stage.take()[1], stage.take()[1]]
     assert_equal([results[0].doubled, results[4].doubled], [2 * x, 2 * x + 2])
-    assert results[0][1:-1] == (1, True, False)
+    assert results[0][1:-1] == (1, True, False, torch.float32)
+    assert results[4][1:-1] == (1, True, False, torch.float64)
     assert results[0].pid == results[4].pid != os.getpid()
     assert isinstance(results[1], KeyError)
     words = "".join(traceback.format_exception(results[1]))
@@ -90,7 +94,11 @@ def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatc
     assert isinstance(results[3], TypeError)
     assert "What `postprocess` returned cannot be sent" in str(results[3])
     assert isinstance(results[5], RuntimeError)
-    assert "batch 5, or of a later batch: a worker process of `postprocess` died (exit codes [-9];" in str(results[5])
+    words = "or of a batch that was in the pool with it: a worker process of `postprocess` died (exit codes [-9];"
+    assert f"batch 5, {words}" in str(results[5])
+    assert f"batch 6, {words}" in str(results[6])
+    assert_equal([results[7].doubled, results[8].doubled], [2 * x, 2 * x])
+    assert results[0].pid != results[7].pid == results[8].pid
     with pytest.raises(ProcessLookupError):
         os.kill(results[0].pid, 0)
 
