@@ -149,7 +149,9 @@ class Program:
     def sensible(self) -> "Program":
         """This program, without choices that exclude each other."""
         program = self
-        if self.rounds and (self.output in ("argmax", "mask") or self.network == "branch" or self.step == "item"):
+        if self.rounds and (
+            self.output in ("argmax", "mask") or self.network in ("branch", "embedding") or self.step == "item"
+        ):
             program = replace(program, precision="32-true", step="plain")
         if self.augments and (self.network in ("dropout", "random") or self.workers):
             program = replace(program, augments=False)  # in which order numbers are drawn is not promised
