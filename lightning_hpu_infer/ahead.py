@@ -1,18 +1,24 @@
 """Whether batches may be prepared while the steps of earlier ones run."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from lightning_hpu_infer.held import CONSTANT, Held, Reach, is_users, used_by
 from lightning_hpu_infer.nested import tensors_in
+from lightning_hpu_infer.shared import shared_state
 
-# Attributes may be lists of all samples.
-_LOOKED_AT = 16
+_BEFORE = "on_before_batch_transfer"
+_AFTER = ("transfer_batch_to_device", "on_after_batch_transfer")
+# What a dataloader has in its workers, and what is looked at by name.
+_OF_LOADERS = ("dataset", "collate_fn", "worker_init_fn", "sampler", "batch_sampler", "_iterator")
 # By their names, since they may never have been imported.
 _OF_ONE_THREAD = {
     ("sqlite3", "Connection"),
@@ -29,35 +35,92 @@ def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
 
     Args:
         loaders: The dataloaders of a run.
-        listeners: The module and the callbacks.
+        listeners: The module, the callbacks, and the datamodule or None.
     """
+    listeners = [listener for listener in listeners if listener is not None]
     if has_modes():
         return "`torch.autocast` or `torch.set_default_device` is on, which only this thread has"
     for listener in listeners:
-        if isinstance(listener, LightningModule) and _converts(listener):
-            return f"`on_before_batch_transfer` of {type(listener).__name__} may use what earlier steps have written"
+        if isinstance(listener, LightningModule | LightningDataModule) and _overrides(listener, _BEFORE):
+            return f"`on_before_batch_transfer` of {_name(listener)} may use, or write, what steps and later hooks do"
         if isinstance(listener, nn.Module) and any(map(_is_compiled, listener.modules())):
             return (
-                f"a part of {type(listener).__name__} is compiled by `torch.compile`, which sets the random state back"
+                f"a part of {_name(listener)} is compiled by `torch.compile`, which sets the random state back"
                 " that the dataset may draw from"
             )
-    datasets: list[object] = []
-    for loader in loaders:
-        if not isinstance(loader, DataLoader):
-            datasets += _with_parts(loader)
-        elif loader.num_workers == 0:
-            datasets += _with_parts(loader.dataset)
-    for dataset in datasets:
-        if is_on_a_device([value for value in (dataset, *_held(dataset)) if isinstance(value, Tensor)]):
-            return f"tensors of {type(dataset).__name__} are on the device, which only the main thread calls"
-        if (found := next(filter(_is_of_one_thread, _held(dataset)), None)) is not None:
-            return f"{type(dataset).__name__} holds what belongs to the main thread ({type(found).__name__})"
-    ids = {id(dataset) for dataset in datasets}
-    for listener in listeners:
-        for holder in listener.modules() if isinstance(listener, nn.Module) else [listener]:
-            if any(id(value) in ids for value in _held(holder)):
-                return f"{type(holder).__name__} holds the dataset, which may depend on what was predicted before"
+    ahead = Reach(chain.from_iterable(map(_parts_of, loaders)))
+    return _reason_against_a_thread(ahead) or _dependence(ahead, listeners)
+
+
+def _parts_of(loader: Any) -> list[Any]:
+    """What makes a dataloader's batches in this process: its own objects, and functions."""
+    if not isinstance(loader, DataLoader):
+        return [loader]
+    found = [loader.dataset, *_callable_parts(loader.collate_fn)] if loader.num_workers == 0 else []
+    own = [value for name, value in vars(loader).items() if name not in _OF_LOADERS]
+    return [*found, loader.batch_sampler, loader.sampler, *own]
+
+
+def _callable_parts(function: Any) -> list[Any]:
+    """A function with the object whose method it is; none of a library, such as a tokenizer's."""
+    called = function
+    while isinstance(called, partial):
+        called = called.func
+    called = getattr(called, "__self__", called)
+    return [function, called] if isinstance(called, CONSTANT) or is_users(type(called)) else []
+
+
+def _reason_against_a_thread(ahead: Reach) -> str:
+    for value, holder, *_ in ahead:
+        if isinstance(value, Tensor) and is_on_a_device(value):
+            return f"tensors of {_name(holder)} are on the device, which only the main thread calls"
+        if _is_of_one_thread(value):
+            return f"{_name(holder)} holds what belongs to the main thread ({_name(value)})"
     return ""
+
+
+def _dependence(ahead: Reach, listeners: Sequence[object]) -> str:
+    """How what runs ahead and what runs with the steps may depend on each other; empty if that is not seen."""
+    modules = [module for listener in listeners if isinstance(listener, nn.Module) for module in listener.modules()]
+    acting = [*filter(_acts_with_steps, listeners), *modules]
+    for root in acting:
+        if (held := ahead.found.get(id(root))) is not None:
+            return f"{_name(held.holder)} holds {_name(root)}, so that a batch may depend on the steps before it"
+    for value, holder, *_ in ahead:
+        if isinstance(value, Trainer) and not isinstance(holder, LightningDataModule):
+            return f"{_name(holder)} holds the Trainer, so that a batch may depend on the steps before it"
+    # A datamodule holds the dataset; what matters is whether those hooks use it.
+    used = chain.from_iterable(used_by(data, _AFTER) for data in acting if isinstance(data, LightningDataModule))
+    behind = Reach([root for root in acting if not isinstance(root, LightningDataModule)], used, beside=ahead)
+    for key, held in ahead.found.items():
+        if _makes_batches(held) and (found := behind.found.get(key)) is not None:
+            return f"{_name(found.holder)} holds {_name(held.value)}, so that a batch may depend on the steps before it"
+    if (shared := shared_state(ahead, behind)) is not None:
+        one, other = shared
+        return (
+            f"{_name(one.holder)} (`{one.name}`) and {_name(other.holder)} (`{other.name}`) hold the same"
+            f" {_name(one.value)}, so that a batch may depend on the steps before it"
+        )
+    return ""
+
+
+def _acts_with_steps(listener: object) -> bool:
+    """Whether what it does, it may do for one batch while a later one is prepared."""
+    if isinstance(listener, LightningDataModule):
+        return any(_overrides(listener, name) for name in _AFTER)
+    return not type(listener).__module__.startswith("lightning_hpu_infer.")
+
+
+def _makes_batches(held: Held) -> bool:
+    """Whether it is an object of the dataloader, and not what such an object uses."""
+    return isinstance(held.value, Dataset | Sampler | BatchSampler) or (
+        held.depth == 0 and not isinstance(held.value, CONSTANT)
+    )
+
+
+def _name(value: object) -> str:
+    name = getattr(value, "__qualname__", None)
+    return f"`{name}`" if isinstance(value, FunctionType | MethodType) else type(value).__name__
 
 
 def has_modes() -> bool:
@@ -70,20 +133,8 @@ def is_on_a_device(batch: Any) -> bool:
     return any(tensor.device.type not in ("cpu", "meta") for tensor in tensors_in(batch))
 
 
-def _with_parts(dataset: object) -> list[object]:
-    """A dataset, and those that it is made of, as a `Subset` is."""
-    found, rest = {}, [dataset]
-    while rest:
-        part = rest.pop()
-        if id(part) not in found:
-            found[id(part)] = part
-            rest += [value for value in _held(part) if isinstance(value, Dataset)]
-    return list(found.values())
-
-
-def _converts(module: LightningModule) -> bool:
-    hook = getattr(module.on_before_batch_transfer, "__func__", None)
-    return hook is not LightningModule.on_before_batch_transfer
+def _overrides(owner: LightningModule | LightningDataModule, name: str) -> bool:
+    return getattr(getattr(owner, name), "__func__", None) is not getattr(LightningModule, name)
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -92,13 +143,3 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _is_of_one_thread(value: object) -> bool:
     return any((kind.__module__, kind.__name__) in _OF_ONE_THREAD for kind in type(value).__mro__)
-
-
-def _held(holder: object) -> Iterator[object]:
-    """An object's attributes, and what is in those that are collections."""
-    for value in list(getattr(holder, "__dict__", {}).values()):
-        yield value
-        if isinstance(value, list | tuple):
-            yield from value[:_LOOKED_AT]
-        elif isinstance(value, Mapping):
-            yield from islice(value.values(), _LOOKED_AT)

@@ -311,7 +311,7 @@ class PipelinedPredictionLoop(PredictionLoop):
         depth = self.config.prefetch_depth(self.trainer.strategy.root_device.type)
         if not depth or sets_default_dtype(self.trainer.strategy):
             return 0
-        listeners = [self.trainer.lightning_module, *self.trainer.callbacks]
+        listeners = [self.trainer.lightning_module, *self.trainer.callbacks, self.trainer.datamodule]
         if self.config.prefetch is None and (reason := reason_against(self._combined_loader.flattened, listeners)):
             rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth}` if it may be.")
             return 0

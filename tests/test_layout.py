@@ -15,8 +15,8 @@ MAX_LINES = 400
 
 # A module imports only from the lines above its own. A package stands for all of its modules that are not listed.
 LAYERS = [
-    {"links", "nested", "observer", "randomness"},
-    {"_habana", "_lightning", "_torch"},
+    {"held", "links", "nested", "observer", "randomness"},
+    {"_habana", "_lightning", "_torch", "shared"},
     {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
