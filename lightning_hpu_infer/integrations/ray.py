@@ -39,8 +39,9 @@ class Predictor:
             Called once per actor, in the thread that has the device. It is pickled, so it should load weights rather
             than hold them.
         batch_size: Rows of a batch for the module, 1 or more. None takes all rows of a call.
-        preprocess: Turns rows into a batch for the module, such as a tokenizer; by default columns of numbers become a
-            dict of tensors, and all others lists. Runs beside the device, in two threads at once by `predict_dataset`.
+        preprocess: Turns rows into a batch for the module, such as a tokenizer; by default they become a dict, columns
+            of numbers as tensors and all others as lists, as their types say. Runs beside the device, in two threads at
+            once by `predict_dataset`.
         columns: The columns that are returned beside the predictions; None means all.
         config: The flags of the pipeline. Its `postprocess` makes what is stored of an output. `in_flight` and
             `prefetch` are 3 on an HPU unless one of them is given.
@@ -79,7 +80,8 @@ class Predictor:
         """The rows with predictions, in pieces of `batch_size`, while later ones are computed.
 
         Raises:
-            ValueError: If a prediction has not one entry per row, or a column's name is missing or taken.
+            ValueError: If a prediction has not one entry per row, a column's name is missing or taken, or a column of
+                numbers has empty places and there is no `preprocess`.
         """
         submitted: deque[tuple[Table, Future[Any]]] = deque()
         for piece in pieces(table, self._batch_size):
@@ -106,7 +108,7 @@ def predict_dataset(
     preprocess: Callable[[Table], Any] | None = None,
     columns: Sequence[str] | None = None,
     config: InferenceConfig | None = None,
-    batch_format: Literal["numpy", "pyarrow", "pandas"] = "numpy",
+    batch_format: Literal["numpy", "pyarrow", "pandas"] | None = None,
     rows_per_task: int | Literal["auto"] | None = "auto",
     preserve_order: bool | None = None,
     id_column: str | None = None,
@@ -125,7 +127,8 @@ def predict_dataset(
         preprocess: As `Predictor`'s.
         columns: As `Predictor`'s.
         config: As `Predictor`'s.
-        batch_format: What `preprocess` gets: a dict of arrays, a `pyarrow.Table` or a `pandas.DataFrame`.
+        batch_format: What `preprocess` gets: a dict of arrays, a `pyarrow.Table` or a `pandas.DataFrame`. None means
+            "numpy", or without `preprocess` "pyarrow", which alone shows empty places as what they are.
         rows_per_task: Rows that an actor gets at once, a multiple of `batch_size`, which are computed again if it dies.
             "auto" means 64 batches. All tasks but the last get as many, so that a graph of one shape suffices. None
             leaves the dataset's blocks as they are.
@@ -135,7 +138,8 @@ def predict_dataset(
         checkpoint: A folder that all machines see, or a URI of an object store, in which Ray notes which rows are
             written. A later run with the same folder reads, computes and writes only the others. Used where the dataset
             is written to files.
-        num_cpus: CPUs of an actor, for `preprocess`, or for the module where there is no HPU.
+        num_cpus: CPUs of an actor, for `preprocess`, or for the module where there is no HPU. Ray needs one more for
+            its own tasks, and with `checkpoint` another one.
         resources: Other resources of an actor. None means one HPU where the cluster has any.
         runtime_env: Ray's environment for actors, such as `{"env_vars": {"PT_HPU_LAZY_MODE": "1"}}`.
 
@@ -143,8 +147,8 @@ def predict_dataset(
         A dataset with the columns to keep and those of the predictions.
 
     Raises:
-        ValueError: If a number is out of its range, one of `id_column` and `checkpoint` is missing, or the dataset is
-            one for which Ray has no checkpoints.
+        ValueError: If a number is out of its range, one of `id_column` and `checkpoint` is missing, the ids are not
+            kept, the dataset is one for which Ray has no checkpoints, or the cluster has too few CPUs.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -154,6 +158,11 @@ def predict_dataset(
         raise ValueError(
             f"`id_column` and `checkpoint` go together, got {id_column!r} and {checkpoint!r}: rows that are done are"
             " found by their names."
+        )
+    if id_column is not None and columns is not None and id_column not in columns:
+        raise ValueError(
+            f"`columns` must have the `id_column`, {id_column!r}, got {list(columns)}: Ray notes the ids of the rows"
+            " that it writes."
         )
     if checkpoint is not None and not _is_read(dataset._logical_plan.dag):
         raise ValueError(
@@ -169,16 +178,18 @@ def predict_dataset(
             " of another shape in each task."
         )
     least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if resources is None:
-        found = ray.cluster_resources()  # type: ignore[no-untyped-call]
         resources = {"HPU": 1} if found.get("HPU") else {}
+    if rows is not None or checkpoint is not None:
+        _check_cpus(least, num_cpus, filters=checkpoint is not None, found=found.get("CPU", 0))
     if rows is not None:
         # Strictly, or the end of each block would be a batch, and a graph, of a shape of its own.
         dataset = dataset.repartition(target_num_rows_per_block=rows, strict=True)
     predicted = dataset.map_batches(
         Predictor,
         batch_size=None,
-        batch_format=batch_format,
+        batch_format=batch_format or ("numpy" if preprocess else "pyarrow"),
         compute=ActorPoolStrategy(
             min_size=least, max_size=most, max_concurrent_calls_per_actor=CALLS, enable_true_multi_threading=True
         ),
@@ -203,6 +214,22 @@ def predict_dataset(
             id_column, fspath(checkpoint), delete_checkpoint_on_success=False
         )
     return predicted
+
+
+def _check_cpus(actors: int, num_cpus: float, *, filters: bool, found: float) -> None:
+    """Refuse what Ray would wait for without an end: its actors keep their CPUs while its tasks wait for some.
+
+    Tasks that read, cut and write have one CPU each. The actor that leaves finished rows out has another one, and is
+    there as soon as there are such rows (`plan_read_op.py`, 2.60).
+    """
+    own = 1 + filters
+    needed = round(actors * num_cpus + own, 4)  # Ray counts as exactly
+    if needed > found:
+        raise ValueError(
+            f"This needs {needed:g} CPUs, and Ray has {found:g}: {actors} x {num_cpus:g} for the actors (`concurrency`"
+            f" and `num_cpus`), and {own} for Ray's own tasks, `checkpoint` included. It would wait without an end."
+            " Lower one of these, or start Ray with more, such as `ray.init(num_cpus=...)`: they are only counted."
+        )
 
 
 def _is_read(operator: Any) -> bool:

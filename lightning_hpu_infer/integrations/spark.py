@@ -14,8 +14,9 @@ from uuid import uuid4
 import numpy as np
 from torch import nn
 
+from lightning_hpu_infer.arrays import as_tensors
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.integrations.tables import as_array, as_tensor, beside, pieces, tensors
+from lightning_hpu_infer.integrations.tables import beside, columns_of, pieces, rows_of, tensors
 from lightning_hpu_infer.pipeline import InferencePipeline
 
 if TYPE_CHECKING:
@@ -126,21 +127,24 @@ def predict_function(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
-    return partial(_load, _Model(uuid4().hex, factory, config), batch_size, preprocess or as_tensor)
+    return partial(_load, _Model(uuid4().hex, factory, config), batch_size, preprocess or as_tensors)
 
 
 def _load(model: _Model, batch_size: int, preprocess: Callable[..., Any]) -> Callable[..., Any]:
-    predict = partial(_predict_arrays, model.pipeline(), batch_size, preprocess)
+    model.pipeline()
+    # Not of that pipeline: Spark keeps the function when another model has taken its place, and calls it again.
+    predict = partial(_predict_arrays, model, batch_size, preprocess)
     predict.__signature__ = signature(preprocess)  # type: ignore[attr-defined]
     return predict
 
 
 def _predict_arrays(
-    pipeline: InferencePipeline, batch_size: int, preprocess: Callable[..., Any], *columns: "np.ndarray[Any, Any]"
+    model: _Model, batch_size: int, preprocess: Callable[..., Any], *columns: "np.ndarray[Any, Any]"
 ) -> Any:
     named = {str(index): column for index, column in enumerate(columns)}
-    batches = (preprocess(*piece.values()) for piece in pieces(named, batch_size))
-    outputs = list(pipeline.predict(batches))
-    if isinstance(outputs[0], Mapping):
-        return {name: np.concatenate([as_array(output[name]) for output in outputs]) for name in outputs[0]}
-    return np.concatenate([as_array(output) for output in outputs])
+    # For no rows the model says what none of its predictions look like.
+    cut = list(pieces(named, batch_size)) or [named]
+    outputs = list(model.pipeline().predict(preprocess(*piece.values()) for piece in cut))
+    found = [columns_of(output, rows_of(piece)) for piece, output in zip(cut, outputs, strict=True)]
+    joined = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+    return joined if isinstance(outputs[0], Mapping) else joined["prediction"]

@@ -105,6 +105,56 @@ def test_a_function_of_several_columns_and_outputs() -> None:
     torch.testing.assert_close(torch.from_numpy(found["all"]), whole.bfloat16().float())
 
 
+def doubles() -> nn.Module:
+    return Times(2)
+
+
+def triples() -> nn.Module:
+    return Times(3)
+
+
+class Times(nn.Module):
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def test_functions_of_several_models_live_in_one_worker() -> None:
+    # Spark keeps what it has loaded for as long as a worker lives.
+    twice, thrice = predict_function(doubles, batch_size=4)(), predict_function(triples, batch_size=4)()
+    arrow = arrow_predictor(factory, columns=["id"])
+    for _ in range(2):
+        assert twice(np.arange(6.0)).tolist() == [0, 2, 4, 6, 8, 10]
+        assert thrice(np.arange(6.0)).tolist() == [0, 3, 6, 9, 12, 15]
+        assert len(list(arrow(record_batches(3)))) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+@pytest.mark.parametrize("made", ["total", "flat", "named", "list"])
+def test_a_function_of_arrays_refuses_predictions_that_are_not_one_per_row(rows: int, made: str) -> None:
+    made_of: dict[str, Any] = {
+        "total": lambda output: output.sum(0, keepdim=True).repeat(3, 1),
+        "flat": lambda output: output.reshape(-1),
+        "named": lambda output: {"good": output, "bad": output.reshape(-1)},
+        "list": lambda output: [1.0] * (len(output) + 1),
+    }
+    config = InferenceConfig(postprocess=made_of[made])
+    predict = predict_function(network, batch_size=4, config=config)()
+    with pytest.raises(ValueError, match="has not one entry for each of"):
+        predict(Rows(rows).rows.numpy())
+
+
+def test_a_function_of_arrays_gives_no_rows_for_none() -> None:
+    found = predict_function(network, batch_size=4)()(np.zeros((0, 4), np.float32))
+    assert (found.shape, found.dtype) == ((0, 3), np.float32)
+    config = InferenceConfig(postprocess=lambda output: {"score": output[:, 0]})
+    named = predict_function(network, batch_size=4, config=config)()(np.zeros((0, 4), np.float32))
+    assert {name: values.shape for name, values in named.items()} == {"score": (0,)}
+
+
 def test_batch_sizes_are_checked_where_they_are_given() -> None:
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, or None, got 0"):
         arrow_predictor(factory, batch_size=0)

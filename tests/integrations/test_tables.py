@@ -7,8 +7,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from torch import Tensor
 
-from lightning_hpu_infer.integrations.tables import as_tensor, beside, pieces, rows_of, tensors
+from lightning_hpu_infer.integrations.tables import beside, pieces, rows_of, tensors
 
 FORMATS = ["numpy", "table", "batch", "pandas"]
 VECTORS = np.arange(10, dtype=np.float32).reshape(5, 2)
@@ -46,33 +47,56 @@ def test_pieces_are_the_rows_in_order(kind: str, size: int | None) -> None:
 def test_numbers_become_tensors_and_others_lists(kind: str, size: int | None) -> None:
     batch = tensors(list(pieces(table_of(kind), size))[-1])
     first = 0 if size is None else 4
+    assert list(batch) == ["name", "number", "vector"]
     assert batch["name"] == ["a", "b", "c", "d", "e"][first:]
     torch.testing.assert_close(batch["number"], torch.arange(5)[first:])
-    torch.testing.assert_close(batch["vector"], torch.from_numpy(VECTORS[first:]))
+    # pandas has no type for vectors.
+    vectors = batch["vector"]
+    assert isinstance(vectors, list) == (kind == "pandas")
+    torch.testing.assert_close(torch.as_tensor(np.asarray(vectors)), torch.from_numpy(VECTORS[first:]))
 
 
 def test_a_tensor_has_memory_of_its_own_where_nobody_may_write() -> None:
     shared = VECTORS.copy()
     shared.flags.writeable = False
-    tensor = as_tensor(shared)
-    assert isinstance(tensor, torch.Tensor)
-    tensor.zero_()
+    tensors({"x": shared})["x"].zero_()
     np.testing.assert_array_equal(shared, VECTORS)
-    torch.testing.assert_close(as_tensor(np.array([1, 2], ">i4")), torch.tensor([1, 2], dtype=torch.int32))
-    torch.testing.assert_close(as_tensor(np.arange(4)[::-2]), torch.tensor([3, 1]))
 
 
-def test_lists_of_many_lengths_stay_lists() -> None:
-    ragged = pa.table({"ids": [[1, 2], [3]], "even": [[1, 2], [3, 4]]})
-    batch = tensors(ragged)
-    assert [list(ids) for ids in batch["ids"]] == [[1, 2], [3]]
-    torch.testing.assert_close(batch["even"], torch.tensor([[1, 2], [3, 4]]))
+def pandas_of(values: list[Any], dtype: Any) -> pd.DataFrame:
+    return pd.DataFrame({"filler": [0] * len(values), 7: pd.Series(values, dtype=dtype)})
 
 
-def test_empty_places_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"column 'number' has 1 empty places of 3: fill them, or .*`preprocess`"):
-        tensors(pa.table({"number": [1, None, 3]}))
-    assert tensors(pa.table({"name": ["a", None]})) == {"name": ["a", None]}
+PANDAS: dict[str, tuple[list[Any], Any, Any]] = {
+    "numpy": ([1, 2], "int32", torch.tensor([1, 2], dtype=torch.int32)),
+    "NaN": ([1.0, np.nan], "float64", torch.tensor([1.0, np.nan], dtype=torch.float64)),
+    "nullable": ([1, 2], "Int64", torch.tensor([1, 2])),
+    "nullable boolean": ([True, False], "boolean", torch.tensor([True, False])),
+    "arrow": ([1, 2], "int64[pyarrow]", torch.tensor([1, 2])),
+    "arrow pairs": ([[1, 2], [3, 4]], pd.ArrowDtype(pa.list_(pa.int64(), 2)), torch.tensor([[1, 2], [3, 4]])),
+    "arrow lists": ([[1, 2], [3, 4]], pd.ArrowDtype(pa.list_(pa.int64())), [[1, 2], [3, 4]]),
+    "text": (["a", None], "str", ["a", None]),
+    "category": (["b", "a"], "category", ["b", "a"]),
+    "objects": ([[1, 2], None], "object", [[1, 2], None]),
+    "sparse": ([0, 1], pd.SparseDtype("int64"), torch.tensor([0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", PANDAS)
+def test_the_type_of_a_column_of_pandas_decides(name: str) -> None:
+    values, dtype, expected = PANDAS[name]
+    table = pandas_of(values, dtype)
+    for found, rows in ((tensors(table)["7"], expected), (tensors(table.iloc[1:])["7"], expected[1:])):
+        if isinstance(rows, Tensor):
+            torch.testing.assert_close(found, rows, equal_nan=True)
+        else:
+            assert found == rows
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "Float64", "boolean", "int64[pyarrow]", "category"])
+def test_empty_places_in_pandas_are_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match=r"The column '7' has 1 empty places in 2 rows: fill them, .*`preprocess`"):
+        tensors(pandas_of([1, None], dtype))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -97,6 +121,42 @@ def test_the_type_of_a_prediction_is_kept() -> None:
         assert found["prediction"].dtype == np.float32
     arrow = beside(table_of("table"), torch.ones(5, 3), [])
     assert arrow.schema.field(0).type == pa.fixed_shape_tensor(pa.float32(), [3])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    "made",
+    [
+        [[1, 2], [3], [], [4], [5]],
+        [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]],
+        [torch.ones(length, dtype=torch.bfloat16) for length in (1, 2, 0, 1, 3)],
+        tuple(torch.ones(2) for _ in range(5)),
+        [{"box": [1, 2]}, {"box": [3]}, {"box": []}, {"box": [4]}, {"box": [5]}],
+        ["a", "b", "", "d", "e"],
+    ],
+    ids=["ragged", "lists", "ragged tensors", "tensors", "dicts", "text"],
+)
+def test_lists_stand_beside_their_rows(kind: str, made: Any) -> None:
+    found = column(beside(table_of(kind), {"made": made}, ["number"]), "made")
+    assert found == [value.tolist() if isinstance(value, Tensor) else value for value in made]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bool", "uint8", "int64"])
+def test_values_of_each_dtype_are_kept(kind: str, dtype: str) -> None:
+    values = torch.tensor([[0, 1]] * 5).to(getattr(torch, dtype))
+    for made in (values, values[:, 0]):
+        found = column(beside(table_of(kind), made, []), "prediction")
+        assert found == made.tolist()
+        assert isinstance(np.array(found).flat[0], np.bool) == (dtype == "bool")
+
+
+def test_vectors_without_values_are_refused_where_arrow_has_none() -> None:
+    with pytest.raises(ValueError, match=r"shape \[5, 0\], which holds no values"):
+        beside(table_of("table"), torch.ones(5, 0), None)
+    found = beside(table_of("batch"), torch.ones(5, 0), None, lists=True)
+    assert column(found, "prediction") == [[]] * 5
+    assert column(beside(table_of("numpy"), torch.ones(5, 0), None), "prediction") == [[]] * 5
 
 
 def test_spark_gets_lists() -> None:

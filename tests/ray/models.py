@@ -24,6 +24,15 @@ class Columns(nn.Module):
         return {"prediction": found, "hpu": torch.full((len(found),), found.device.type == "hpu")}
 
 
+class Types(nn.Module):
+    """Says what it gets of each column."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = len(batch["id"])
+        kinds = [f"{name} {type(values).__name__}" for name, values in batch.items()]
+        return {"kinds": [", ".join(kinds)] * rows, "even": torch.stack([batch["id"] % 2 == 0] * 2, 1)}
+
+
 class Loading:
     """A factory that leaves a file in a folder for each call."""
 
@@ -62,4 +71,8 @@ class Failing:
 
 
 def numbers(table: Any) -> dict[str, Tensor]:
-    return {"x": torch.from_numpy(np.array(table["x"]))}
+    return {"x": torch.from_numpy(np.stack(list(table["x"])))}
+
+
+def only_ids(table: Any) -> dict[str, Tensor]:
+    return {"id": torch.from_numpy(np.array(table["id"]))}

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_hpu_infer.arrays import as_tensors
 from lightning_hpu_infer.integrations.ray import Predictor, predict_dataset
 from tests.helpers import Net, Rows
-from tests.ray.models import Columns, Dying, Failing, Loading
+from tests.ray.models import Columns, Dying, Failing, Loading, Types, numbers, only_ids
 
 # Ray warns of what it does itself.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -58,6 +59,7 @@ def test_each_format_on_emulated_hpus(cluster: Any, source: Path, tmp_path: Path
         batch_size=4,
         rows_per_task=16,
         columns=["id"],
+        preprocess=numbers if batch_format == "pandas" else None,  # pandas has no type for vectors
         batch_format=batch_format,
         preserve_order=True,
         num_cpus=0.5,
@@ -65,6 +67,54 @@ def test_each_format_on_emulated_hpus(cluster: Any, source: Path, tmp_path: Path
     )
     check(predicted, ordered=True, hpu=True)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_preprocess_the_types_of_the_dataset_decide(cluster: Any, tmp_path: Path) -> None:
+    ids = np.arange(ROWS)
+    vectors = pyarrow.array(list(Rows(ROWS).rows.numpy()), pyarrow.list_(pyarrow.float32(), 4))
+    lists = [[int(number)] * (1 + number % 8 // 4) for number in ids]  # of equal lengths within each batch
+    table = pyarrow.table({"id": ids, "x": vectors, "list": lists, "text": [str(number) for number in ids]})
+    pyarrow.parquet.write_table(table, tmp_path / "full.parquet")
+    # Without a value for one of them, NumPy would have these numbers rounded to float64.
+    big = [None if number == 7 else 2**60 + int(number) for number in ids]
+    pyarrow.parquet.write_table(table.append_column("big", [big]), tmp_path / "empty.parquet")
+    arguments: dict[str, Any] = {
+        "concurrency": 1,
+        "batch_size": 4,
+        "rows_per_task": 16,
+        "num_cpus": 0.5,
+        "resources": {},
+    }
+
+    full = cluster.data.read_parquet(str(tmp_path / "full.parquet"))
+    found = predict_dataset(full, Types, columns=["id", "list"], **arguments).take_all()
+    assert Counter(row["id"] for row in found) == Counter(range(ROWS))
+    assert {row["kinds"] for row in found} == {"id Tensor, x Tensor, list list, text list"}
+    for row in found:
+        assert list(row["list"]) == lists[row["id"]]
+        assert [type(value) is not int and bool(value) for value in row["even"]] == [row["id"] % 2 == 0] * 2
+    empty = cluster.data.read_parquet(str(tmp_path / "empty.parquet"))
+    with pytest.raises(Exception, match="The column 'big' has 1 empty places in 4 rows"):
+        predict_dataset(empty, Types, **arguments).take_all()
+    # What `preprocess` does not read need not be full, and is kept as it is.
+    kept = predict_dataset(
+        empty, Types, preprocess=only_ids, batch_format="pyarrow", columns=["id", "big"], **arguments
+    ).take_all()
+    assert {row["id"]: row["big"] for row in kept} == dict(enumerate(big))
+
+
+def test_tensors_of_rays_own_type(cluster: Any) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    numbers = np.arange(12.0).reshape(3, 2, 2)
+    column = ArrowTensorArray.from_numpy(numbers)
+    torch.testing.assert_close(as_tensors(column.slice(1)), torch.from_numpy(numbers[1:]))
+    torch.testing.assert_close(as_tensors(pyarrow.chunked_array([], column.type)), torch.empty(0, 2, 2).double())
+    empty = pyarrow.array([[1, None, 3, 4], None], column.type.storage_type)
+    with pytest.raises(ValueError, match="has 2 empty places in 2 rows"):
+        as_tensors(column.type.wrap_array(empty))
+    ragged = ArrowTensorArray.from_numpy([np.ones(2), np.ones(3)])
+    assert [value.tolist() for value in as_tensors(ragged)] == [[1, 1], [1, 1, 1]]
 
 
 def test_map_batches_takes_the_class_itself_on_the_cpu(cluster: Any, source: Path) -> None:
@@ -118,7 +168,7 @@ def test_a_run_that_failed_goes_on_with_what_is_missing(cluster: Any, source: Pa
             columns=["id"],
             id_column="id",
             checkpoint=tmp_path / "checkpoint",
-            num_cpus=0.5,
+            num_cpus=2,  # no more would be accepted, and with no more it has to end
             resources={},
         ).write_parquet(str(tmp_path / "out"))
         return sum(int(file.name.partition("-")[0]) for file in counts.iterdir())
@@ -147,8 +197,26 @@ def test_an_error_says_what_was_wrong(cluster: Any, source: Path) -> None:
         predict_dataset(
             cluster.data.from_items([{"id": 1}]), Columns, id_column="id", checkpoint="/nowhere", **arguments
         )
+    with pytest.raises(ValueError, match=r"`columns` must have the `id_column`, 'id', got \['x'\]"):
+        predict_dataset(dataset, Columns, columns=["x"], id_column="id", checkpoint="/nowhere", **arguments)
     with pytest.raises(Exception, match=r"\['nothing'\] are to be kept"):
         predict_dataset(dataset, Columns, columns=["nothing"], **arguments).take_all()
+
+
+def test_what_ray_would_wait_for_without_an_end_is_refused(cluster: Any, source: Path, tmp_path: Path) -> None:
+    def predict(actors: int, num_cpus: float, **arguments: Any) -> None:
+        dataset = cluster.data.read_parquet(str(source))
+        predict_dataset(
+            dataset, Columns, concurrency=(actors, 8), batch_size=4, num_cpus=num_cpus, resources={}, **arguments
+        )
+
+    kept = {"id_column": "id", "checkpoint": tmp_path}
+    predict(3, 1)  # of four
+    with pytest.raises(ValueError, match=r"needs 4\.3 CPUs, and Ray has 4: 3 x 1\.1 for the actors .* and 1 for Ray"):
+        predict(3, 1.1)
+    predict(2, 1, **kept)
+    with pytest.raises(ValueError, match=r"needs 5 CPUs, and Ray has 4: 3 x 1 for the actors .* and 2 for Ray's own"):
+        predict(3, 1, **kept)
 
 
 @pytest.mark.timeout(300)

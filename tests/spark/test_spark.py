@@ -51,6 +51,10 @@ def dying(mark: Path, batch: Any) -> dict[str, Tensor]:
     if 70 in batch.column("id").to_pylist() and not mark.exists():
         mark.touch()
         os._exit(1)
+    return vectors(batch)
+
+
+def vectors(batch: Any) -> dict[str, Tensor]:
     return {"x": torch.tensor(batch.column("x").to_pylist())}
 
 
@@ -68,7 +72,7 @@ def check(rows: list[Any]) -> None:
 
 
 def test_map_in_arrow_predicts_each_row_once_and_loads_once_per_worker(frame: Any, tmp_path: Path) -> None:
-    predict = arrow_predictor(partial(Columns, tmp_path), batch_size=4, columns=["id"])
+    predict = arrow_predictor(partial(Columns, tmp_path), batch_size=4, columns=["id"], preprocess=vectors)
     rows = frame.mapInArrow(predict, "id long, prediction array<float>, hpu boolean").collect()
     check(rows)
     assert {row["hpu"] for row in rows} == {True}
@@ -96,6 +100,15 @@ def test_predict_batch_udf(frame: Any) -> None:
         input_tensor_shapes=[[4]],
     )
     check(frame.withColumn("prediction", score("x")).collect())
+    # A worker has one model: the other takes its place, and gives it back.
+    other = predict_batch_udf(
+        predict_function(network, batch_size=3),
+        return_type=ArrayType(FloatType()),
+        batch_size=12,
+        input_tensor_shapes=[[4]],
+    )
+    for each in (other, score):
+        check(frame.withColumn("prediction", each("x")).collect())
 
     parts = frame.selectExpr("id", "x[0] a", "x[1] b", "x[2] c", "x[3] d")
     score = predict_batch_udf(
