@@ -101,18 +101,25 @@ class Batcher:
             task.add_done_callback(self._tasks.discard)
 
     async def _compute(self, length: int, waiting: list[tuple[list[int], "asyncio.Future[Tensor]"]]) -> None:
+        waiting = [one for one in waiting if not one[1].done()]  # without those whose requests were cancelled
+        if not waiting:
+            return
         self._metrics.rows.observe(len(waiting))
         sentences = [ids for ids, _ in waiting]
         # The CPU has no graphs, and padding costs it time.
         batch = batch_of(sentences) if self._pipeline.device.type == "cpu" else shaped(sentences, length)
         try:
             rows = await asyncio.wrap_future(self._pipeline.submit(batch))
+            if len(rows) != len(batch["input_ids"]):
+                raise ValueError(f"The model gave {len(rows)} rows for {len(batch['input_ids'])}.")
         except Exception as error:
-            if len(waiting) == 1:
-                self._metrics.errors.inc()
+            if len(waiting) > 1:
+                for one in waiting:
+                    await self._compute(length, [one])  # an error of one sentence is not that of the others
+                return
+            self._metrics.errors.inc()
+            if not waiting[0][1].done():
                 waiting[0][1].set_exception(error)
-            for one in waiting if len(waiting) > 1 else []:
-                await self._compute(length, [one])  # an error of one sentence is not that of the others
             return
         for (_, future), row in zip(waiting, rows, strict=False):
             if not future.done():
@@ -182,12 +189,15 @@ def create_app(opened: AbstractAsyncContextManager[Embed], metrics: Metrics, *, 
     async def measured(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.url.path != "/embed":
             return await answer(request)
-        started = time.perf_counter()
-        with metrics.in_flight.track_inprogress():
-            response = await answer(request)
-        metrics.seconds.observe(time.perf_counter() - started)
-        metrics.requests.labels(response.status_code).inc()
-        return response
+        started, status = time.perf_counter(), 500  # what the server answers after an exception
+        try:
+            with metrics.in_flight.track_inprogress():
+                response = await answer(request)
+            status = response.status_code
+            return response
+        finally:
+            metrics.seconds.observe(time.perf_counter() - started)
+            metrics.requests.labels(status).inc()
 
     @app.post("/embed")
     async def embed(body: Sentences) -> dict[str, Any]:

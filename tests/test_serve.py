@@ -113,6 +113,30 @@ def test_a_sentence_that_the_model_fails_on_fails_alone_and_shapes_are_bounded()
     assert {tuple(batch["input_ids"].shape) for batch in batches} == {(rows, 32) for rows in serve.ROWS}
 
 
+@pytest.mark.parametrize("fails", ["model", "rows"])
+def test_nobody_waits_for_a_sentence_that_another_gave_up(fails: str) -> None:
+    class Fails(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            if fails == "model":
+                raise Broken("no weights")
+            return batch["input_ids"].float().mean().reshape(1)[:0]  # no row for anybody
+
+    async def answers() -> list[Any]:
+        with serve.InferencePipeline(Fails(), "cpu") as pipeline:
+            batcher = serve.Batcher(pipeline, 0.01, metrics)
+            first, *others = [asyncio.ensure_future(batcher.embed([1, 2])) for _ in range(4)]
+            await asyncio.sleep(0)  # they wait
+            first.cancel()
+            return await asyncio.wait_for(asyncio.gather(first, *others, return_exceptions=True), 60)
+
+    metrics = serve.Metrics()
+    first, *others = asyncio.run(answers())
+    assert isinstance(first, asyncio.CancelledError)
+    assert {type(each) for each in others} == {Broken if fails == "model" else ValueError}
+    assert metrics.errors._value.get() == 3
+    assert metrics.rows._sum.get() == 3 + 3  # together, and each alone
+
+
 async def call(app: Any, body: dict[str, Any]) -> int:
     """The status of an answer, without a server."""
     sent: list[dict[str, Any]] = []
@@ -126,6 +150,25 @@ async def call(app: Any, body: dict[str, Any]) -> int:
     scope = {"type": "http", "method": "POST", "path": "/embed", "query_string": b"", "http_version": "1.1"}
     await app({**scope, "headers": [(b"content-type", b"application/json")]}, receive, send)
     return int(sent[0]["status"])
+
+
+def test_a_request_that_ends_in_an_exception_is_counted() -> None:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[Any]:
+        yield None  # the app has nothing to call
+
+    async def status() -> None:
+        app = serve.create_app(opened(), metrics)
+        async with app.router.lifespan_context(app):
+            with pytest.raises(TypeError):
+                await call(app, {"sentences": ["one"]})
+
+    metrics = serve.Metrics()
+    asyncio.run(status())
+    text = serve.generate_latest(metrics.registry).decode()
+    assert 'requests_total{status="500"} 1.0' in text
+    assert "request_seconds_count 1.0" in text
+    assert "requests_in_flight 0.0" in text
 
 
 def test_one_request_too_many_is_told_so_and_an_error_of_the_model_too() -> None:
