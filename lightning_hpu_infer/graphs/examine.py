@@ -16,6 +16,8 @@ _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index
 _NOT_RANDOM = (("dropout_p", 0.0), ("p", 0.0), ("train", False), ("training", False))
 # Host tensors up to this size, in bytes, may be inputs of a captured part, which is valid for their values only.
 _MAX_HOST_BYTES = 2**23
+# Functions that copy literals of the code to the device.
+_FROM_LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 # Switches of modes around ops. They depend on no tensor, and both parts of a graph need them.
 _SWITCHES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
 
@@ -196,6 +198,14 @@ class Examination(Interpreter):
         given = node.all_input_nodes
         memory = {_torch.storage_of(self.env[each]) for each in given if isinstance(self.env[each], Tensor)}
         return memory.isdisjoint(self.written) and all(each in self.constant for each in given)
+
+    def is_written_copy(self, node: Node) -> bool:
+        """Whether a node copies values of the host to the device, where an op of the graph writes to the copy."""
+        value, given = self.env[node], node.all_input_nodes
+        if not isinstance(value, Tensor) or node in self.constant or _torch.storage_of(value) not in self.written:
+            return False
+        from_host = all(each in self.constant for each in given) if given else node.target in _FROM_LITERALS
+        return from_host and self.base[_torch.storage_of(value)] is node
 
     def is_effect(self, node: Node) -> bool:
         """Whether a node has no result and writes to no tensor, such as an assertion."""

@@ -157,6 +157,9 @@ def _build(graph: Examination, nodes: set[Node], exports: list[Node], same: dict
     for node in graph.nodes:
         if node in nodes and node not in copied:
             copied[node] = built.node_copy(node, copied.__getitem__)
+            if same is None and graph.is_written_copy(node):
+                # A replay neither runs Python nor reads the host again: what is written to is a copy of the copy.
+                copied[node] = built.call_method("clone", (copied[node],))
         elif same is not None and node in same:
             copied[node] = copied[same[node]]
     if same is None:
