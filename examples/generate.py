@@ -15,13 +15,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.compare import compare, predict
+from examples.compare import compare, positive, predict
 
 
 class Writer(LightningModule):
@@ -43,16 +42,16 @@ class Writer(LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=8, help="to generate for each prompt")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--prompts", type=positive, default=16)
+    parser.add_argument("--tokens", type=positive, default=8, help="to generate for each prompt")
+    parser.add_argument("--batch-size", type=positive, default=4)
     options = parser.parse_args()
     torch.manual_seed(0)
     module = Writer(options.tokens)
     loader = DataLoader(torch.randint(3, 512, (options.prompts, 12)), options.batch_size)  # type: ignore[arg-type,var-annotated]
 
-    def run(accelerator: Accelerator | str) -> Tensor:
-        return torch.cat(predict(accelerator, module, loader))
+    def run(trainer: Trainer) -> Tensor:
+        return torch.cat(predict(trainer, module, loader))
 
     def check(tokens: Tensor, expected: Tensor) -> None:
         assert tokens.equal(expected)

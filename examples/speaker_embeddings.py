@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import LightningModule, Trainer
 from scipy.signal import resample_poly
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader
 from transformers.audio_utils import mel_filter_bank
 
-from examples.compare import compare, predict
+from examples.compare import compare, existing, positive, predict
 
 CLIPS = Path(__file__).parent / "data" / "clips"
 RATE, WINDOW, STEP = 16000, 400, 160  # Hz, and samples of a spectrum and between two of them
@@ -73,25 +72,28 @@ def weights() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="a checkpoint of Resemblyzer's")
-    parser.add_argument("--clips", type=int, default=32, help="at most")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--weights", type=existing, help="a checkpoint of Resemblyzer's")
+    parser.add_argument("--clips", type=positive, default=32, help="at most")
+    parser.add_argument("--batch-size", type=positive, default=8)
     options = parser.parse_args()
     lines = [line.split("\t") for line in (CLIPS / "clips.tsv").read_text().splitlines()[: options.clips]]
     # An accent and a speaker, such as en-gb+f4: the speaker is whom to find.
     speakers = [voice.partition("+")[2] for _, voice, _ in lines]
     windows = [windows_of(CLIPS / name) for name, _, _ in lines]
-    module = VoiceEncoder(options.weights or weights())
+    try:
+        module = VoiceEncoder(options.weights or weights())
+    except OSError as error:
+        parser.error(str(error))
     loader = DataLoader(torch.cat(windows), options.batch_size)  # type: ignore[arg-type,var-annotated]
 
-    def run(accelerator: Accelerator | str) -> Tensor:
-        parts = torch.cat(predict(accelerator, module, loader)).split([len(each) for each in windows])
+    def run(trainer: Trainer) -> Tensor:
+        parts = torch.cat(predict(trainer, module, loader)).split([len(each) for each in windows])
         return normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
 
     def check(embeddings: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(embeddings, expected, rtol=1e-3, atol=1e-5)
 
-    embeddings = compare(sum(map(len, windows)), "windows of 1.6 s", run, check)
+    embeddings = compare(sum(map(len, windows)), "windows", run, check)
     alike = (embeddings @ embeddings.T).fill_diagonal_(-1)
     same = torch.tensor([[a == b for b in speakers] for a in speakers]).fill_diagonal_(False)
     found = sum(speakers[int(row.argmax())] == speaker for row, speaker in zip(alike, speakers, strict=True))

@@ -22,14 +22,13 @@ import jiwer
 import numpy as np
 import soundfile
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch import LightningModule, Trainer
 from scipy.signal import resample_poly
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
 
-from examples.compare import GRAPHS, TECHNIQUES, compare, predict
+from examples.compare import GRAPHS, TECHNIQUES, compare, existing, positive, predict
 from lightning_hpu_infer import Pad, PadSpec
 
 DATA = Path(__file__).parent / "data"
@@ -85,21 +84,24 @@ def techniques(module: Transcriber, process: Wav2Vec2Processor) -> dict[str, dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help="speech; the clips of examples/data by default")
-    parser.add_argument("--weights", type=Path, default=DATA / "transcriber", help="a folder of `save_pretrained`")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("files", nargs="*", type=existing, help="speech; the clips of examples/data by default")
+    parser.add_argument("--weights", type=existing, default=DATA / "transcriber", help="a folder of `save_pretrained`")
+    parser.add_argument("--batch-size", type=positive, default=4)
     options = parser.parse_args()
-    process, module = Wav2Vec2Processor.from_pretrained(options.weights), Transcriber(options.weights)
     files, said = (options.files, []) if options.files else clips()
-    waves = [read(path, process.feature_extractor.sampling_rate) for path in files]
+    try:
+        process, module = Wav2Vec2Processor.from_pretrained(options.weights), Transcriber(options.weights)
+        waves = [read(path, process.feature_extractor.sampling_rate) for path in files]
+    except (OSError, soundfile.SoundFileError) as error:  # of a folder without a model, or a file without sound
+        parser.error(str(error))
     loader = DataLoader(waves, options.batch_size, collate_fn=partial(collate, process))  # type: ignore[arg-type,var-annotated]
 
     seconds = sum(map(len, waves)) / process.feature_extractor.sampling_rate
 
-    def run(accelerator: Accelerator | str) -> list[str]:
-        batches = predict(accelerator, module, loader)
+    def run(trainer: Trainer) -> list[str]:
+        batches = predict(trainer, module, loader)
         # Stock Lightning has no `postprocess`.
-        decoded = map(process.batch_decode, batches) if accelerator == "cpu" else batches
+        decoded = (process.batch_decode(each) if isinstance(each, Tensor) else each for each in batches)
         return [text for batch in decoded for text in batch]
 
     def check(texts: list[str], expected: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Write predictions, lose the process in the middle, and go on where it stopped.
 
-    python examples/write_and_resume.py
+    python -m examples.write_and_resume
 
 The script starts itself in another process and kills it, as the failure of a machine would. Then it predicts what was
 not written yet, in batches of another size. Needs the extra `[write]`.
@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from examples.compare import quiet
 from lightning_hpu_infer import HPUInferenceAccelerator, PredictionWriter, read_predictions
 
 SAMPLES = 2_000
@@ -71,11 +72,13 @@ def main() -> None:
     parser.add_argument("--victim", action="store_true", help="only predict, slowly: what the script starts and kills")
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp()) / "predictions"
+    quiet()
     if options.victim:
         predict(out, batch_size=10, seconds=0.005)
         return
 
-    with subprocess.Popen([sys.executable, __file__, "--victim", "--out", str(out)]) as victim:
+    command = [sys.executable, "-m", "examples.write_and_resume", "--victim", "--out", str(out.absolute())]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as victim:
         while victim.poll() is None and len(list(out.glob("**/*.parquet"))) < 3:
             time.sleep(0.01)
         victim.kill()  # SIGKILL: nothing in the process can prepare for it

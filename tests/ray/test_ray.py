@@ -223,14 +223,15 @@ def test_what_ray_would_wait_for_without_an_end_is_refused(cluster: Any, source:
 def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    from examples.compare import trainer_of
     from examples.embed_sentences import SentenceEmbedder, embed, loader_of
 
     arguments = ["--limit", "40", "--batch-size", "8", "--out", str(tmp_path)]
-    command = [sys.executable, "examples/ray_data.py", *arguments]
+    command = [sys.executable, "-m", "examples.ray_data", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     table = pyarrow.parquet.read_table(tmp_path / "embeddings")
     assert sorted(table["id"].to_pylist()) == list(range(40))
-    expected, _ = embed("cpu", SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
+    expected = embed(trainer_of("cpu"), SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
     found = torch.from_numpy(np.stack(table["embedding"].to_numpy(zero_copy_only=False)))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -121,11 +121,13 @@ def test_predict_batch_udf(frame: Any) -> None:
 def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    from examples.compare import trainer_of
     from examples.embed_sentences import SentenceEmbedder, embed, loader_of
 
     command = [
         sys.executable,
-        "examples/spark_predict.py",
+        "-m",
+        "examples.spark_predict",
         "--limit",
         "40",
         "--batch-size",
@@ -136,7 +138,7 @@ def test_the_example_gives_the_embeddings_of_stock_lightning(tmp_path: Path, mon
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     table = pyarrow.parquet.read_table(tmp_path / "out")
-    expected, _ = embed("cpu", SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
+    expected = embed(trainer_of("cpu"), SentenceEmbedder(), loader_of(table["text"].to_pylist(), 16, 48))
     found = torch.from_numpy(np.stack(table["embedding"].to_numpy()))
     assert len(found) == 40
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

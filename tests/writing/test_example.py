@@ -1,5 +1,6 @@
 """examples/write_and_resume.py: the process that it starts is killed, and the rest is predicted here."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,13 @@ from tests.parity.processes import environment
 
 
 def test_the_example_goes_on_after_a_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    caplog.set_level(logger.level, logger.name)  # the example changes it, and the fixture restores what it was
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     monkeypatch.setattr(sys, "argv", ["write_and_resume.py", "--out", str(tmp_path / "out")])
     write_and_resume.main()
