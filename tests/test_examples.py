@@ -176,6 +176,7 @@ def test_usage_names_the_one_form_in_which_each_example_is_started(name: str) ->
     assert [line for line in commands if f"python -m examples.{name}" not in line] == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["ray_data", "spark_predict"])
 def test_without_its_extra_an_example_has_help_and_names_the_extra(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
