@@ -20,7 +20,8 @@ class Columns:
     """Makes record batches of predictions. The first one fixes the schema, and every other has to fit.
 
     A prediction that is a tensor, or a list of values, becomes the column `prediction`. A mapping, dataclass or
-    namedtuple, and a list of such with one per sample, becomes one column for each of its parts; see `array_of`.
+    namedtuple, and a list of such with one per sample, becomes one column for each of its parts; see `array_of`. What a
+    sample lacks, or all of a prediction that is None, is null.
 
     Args:
         columns: Which parts become columns: their names, or a mapping from their names to those of the columns. All by
@@ -73,17 +74,23 @@ class Columns:
             }
             if ids is not None:
                 arrays[ID] = array_of(ids, rows, ID)
-            arrays |= self._chosen(prediction, rows, set(arrays))
+            chosen, each = self._chosen(prediction, rows, set(arrays))
+            arrays |= chosen
             if len(arrays[INDEX]) != rows:
                 raise UnfitError(f"{len(arrays[INDEX])} positions in the dataset were given for {rows} samples.")
-            return self._fitted(arrays)
+            return self._fitted(arrays, each)
         except (UnfitError, pa.ArrowInvalid) as error:
             raise ValueError(f"The predictions of {where} cannot be written. {error}") from error
 
-    def _chosen(self, prediction: Any, rows: int, taken: set[str]) -> dict[str, pa.Array]:
-        parts = _parts(prediction, rows)
+    def _chosen(self, prediction: Any, rows: int, taken: set[str]) -> tuple[dict[str, pa.Array], bool]:
+        """The columns, and whether those that are missing have no values, since each sample has parts of its own."""
+        known = [] if self._schema is None else [name for name in self._schema.names if name not in taken]
+        parts, each = _parts(prediction, rows)
+        if not parts:
+            columns = known or [PREDICTION] if self._names is None else self._names.values()
+            return {name: pa.nulls(rows) for name in columns}, True
         names = dict(zip(parts, parts, strict=True)) if self._names is None else self._names
-        if lost := [name for name in names if name not in parts]:
+        if lost := [old for old, new in names.items() if old not in parts and not (each and new in known)]:
             raise UnfitError(
                 f"`columns` asks for {', '.join(map(repr, lost))}, and there is only {', '.join(map(repr, parts))}."
             )
@@ -94,12 +101,14 @@ class Columns:
             )
         if len(set(names.values())) < len(names):
             raise UnfitError(f"`columns` gives one name to several columns: {names}.")
-        return {new: array_of(parts[old], rows, new) for old, new in names.items()}
+        return {new: array_of(parts.get(old), rows, new) for old, new in names.items()}, each
 
-    def _fitted(self, arrays: dict[str, pa.Array]) -> pa.RecordBatch:
-        if self._schema is None:
-            self._schema = pa.schema([(name, array.type) for name, array in arrays.items()])
+    def _fitted(self, arrays: dict[str, pa.Array], each: bool) -> pa.RecordBatch:
         known = self._schema
+        if known is None or (_has_no_values(known) and PREDICTION not in arrays):
+            known = pa.schema([(name, array.type) for name, array in arrays.items()])
+        if each:
+            arrays = {name: pa.nulls(len(arrays[INDEX])) for name in known.names if name != ID} | arrays
         if set(known.names) != set(arrays):
             raise UnfitError(
                 f"They have the columns {', '.join(map(repr, arrays))}; those before had"
@@ -109,25 +118,36 @@ class Columns:
         for name, expected, kind in types:
             if kind is None:
                 raise UnfitError(_misfit(name, expected, arrays[name].type))
-        if [kind for _, _, kind in types] != known.types:
+        if self._schema is None or [kind for _, _, kind in types] != self._schema.types:
             self._schema = pa.schema([(name, kind) for name, _, kind in types])
         fitted = [conform(arrays[field.name], field.type) for field in self._schema]
         return pa.RecordBatch.from_arrays(fitted, schema=self._schema)
 
 
-def _parts(prediction: Any, rows: int) -> dict[str, Any]:
-    """The parts of a prediction that may become columns, each for the whole batch."""
+def _has_no_values(schema: pa.Schema) -> bool:
+    """Whether all predictions were None so far, so that their columns are not known."""
+    columns = [field for field in schema if field.name not in (INDEX, LOADER, ID)]
+    return all(field.name == PREDICTION and pa.types.is_null(field.type) for field in columns)
+
+
+def _parts(prediction: Any, rows: int) -> tuple[dict[str, Any], bool]:
+    """The parts of a prediction that may become columns, each for the whole batch; none if it is None for all.
+
+    Returns:
+        And whether each sample has its own, so that one may lack some.
+    """
+    if prediction is None:
+        return {}, True
     if is_sequence(prediction):
         _refuse_ambiguous(prediction, rows)
-        present = [sample for sample in prediction if sample is not None]
-        fielded = [not is_sequence(sample) and parts_of(sample) is not None for sample in present]
-        if len(prediction) != rows or not fielded or not all(fielded):
-            return {PREDICTION: prediction}
+        fits = (each is None or not (is_sequence(each) or parts_of(each) is None) for each in prediction)
+        if len(prediction) != rows or not all(fits):
+            return {PREDICTION: prediction}, False
         named = [by_name(parts_of(sample) or {}, PREDICTION) for sample in prediction]
         names = dict.fromkeys(name for sample in named for name in sample)
-        return {name: [sample.get(name) for sample in named] for name in names}
+        return {name: [sample.get(name) for sample in named] for name in names}, True
     parts = None if isinstance(prediction, Tensor) else parts_of(prediction)
-    return {PREDICTION: prediction} if parts is None else by_name(parts, PREDICTION)
+    return ({PREDICTION: prediction} if parts is None else by_name(parts, PREDICTION)), False
 
 
 def _refuse_ambiguous(prediction: Sequence[Any], rows: int) -> None:

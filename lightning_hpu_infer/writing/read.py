@@ -165,7 +165,8 @@ class _Source:
             group = self._groups[number]
             with self._open(group.file) as opened:
                 table = opened.read_row_group(group.number, columns=self.schema.names).combine_chunks()
-            arrays = [table[name].chunk(0) for name in self.schema.names]
+            there = set(table.column_names)
+            arrays = [table[name].chunk(0) if name in there else pa.nulls(group.rows) for name in self.schema.names]
             self._cache[number] = conformed(arrays, self.schema)
         self._cache.move_to_end(number)
         while len(self._cache) > 1 and sum(batch.nbytes for batch in self._cache.values()) > _CACHED_BYTES:

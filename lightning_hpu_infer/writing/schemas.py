@@ -5,24 +5,33 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 
-def widened(known: pa.DataType, found: pa.DataType) -> pa.DataType | None:
+def widened(known: pa.DataType, found: pa.DataType, *, both: bool = False) -> pa.DataType | None:
     """The type that holds values of both, if one has no values where the other has some; None if there is none.
 
-    Structs are of the same fields, in any order; the order of `known` is kept.
+    Structs are of the same fields, in any order, or `found` lacks some; the order of `known` is kept.
+
+    Args:
+        known: The type of what was there before.
+        found: Of what comes to it.
+        both: Whether `found` was there before as well, so that it may be `known` that has to fit.
     """
     if known == found or pa.types.is_null(found):
         return known
     if pa.types.is_null(known):
         return found
     if pa.types.is_list(known) and pa.types.is_list(found):
-        inner = widened(known.value_type, found.value_type)
+        inner = widened(known.value_type, found.value_type, both=both)
         return None if inner is None else pa.list_(inner)
     if pa.types.is_struct(known) and pa.types.is_struct(found):
-        if {field.name for field in known} != {field.name for field in found}:
+        ours, others = ({field.name: field.type for field in kind} for kind in (known, found))
+        if not both and not set(others) <= set(ours):
             return None
-        fields = [(field.name, widened(field.type, found.field(field.name).type)) for field in known]
+        names = dict.fromkeys([*ours, *others])
+        fields = [(n, widened(ours.get(n, pa.null()), others.get(n, pa.null()), both=both)) for n in names]
         return None if any(kind is None for _, kind in fields) else pa.struct(fields)
     # Numbers without fractions in a list of numbers. The conversion is exact, or an error.
+    if both and pa.types.is_int64(known):
+        known, found = found, known
     return known if pa.types.is_float64(known) and pa.types.is_int64(found) else None
 
 
@@ -39,7 +48,9 @@ def conform(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if isinstance(kind, pa.BaseExtensionType):
         return pa.ExtensionArray.from_storage(kind, conform(array, kind.storage_type))
     if pa.types.is_struct(kind):
-        children = [conform(array.field(array.type.get_field_index(field.name)), field.type) for field in kind]
+        places = [array.type.get_field_index(field.name) for field in kind]
+        given = [pa.nulls(len(array)) if place < 0 else array.field(place) for place in places]
+        children = [conform(child, field.type) for child, field in zip(given, kind, strict=True)]
         mask = array.is_null() if array.null_count else None
         return pa.StructArray.from_arrays(children, fields=list(kind), mask=mask)
     if pa.types.is_list(kind):
@@ -71,6 +82,8 @@ def as_stored(array: pa.Array) -> pa.Array:
 def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
     """One schema for the files of several runs and ranks; None if there is none at all.
 
+    It has the columns of all. Files may lack some: a rank's samples have not all the parts that another's have.
+
     Raises:
         ValueError: If they do not go together: which column, and the two types.
     """
@@ -86,13 +99,12 @@ def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
 def _both(known: pa.Schema, found: pa.Schema) -> pa.Schema:
     fields = []
     for name in dict.fromkeys([*known.names, *found.names]):
-        if name not in known.names or name not in found.names:
-            raise ValueError(f"Some of the files have a column {name!r} and others have none.")
-        types = known.field(name).type, found.field(name).type
-        kind = widened(*types) or widened(*reversed(types))
+        types = [schema.field(name).type for schema in (known, found) if name in schema.names]
+        kind = types[0] if len(types) == 1 else widened(*types, both=True)
         if kind is None:
             raise ValueError(f"Column {name!r} is of type {types[0]} in some of the files, and {types[1]} in others.")
-        fields.append(pa.field(name, kind))
+        if len(types) == 2 or not pa.types.is_null(kind):
+            fields.append(pa.field(name, kind))
     return pa.schema(fields)
 
 

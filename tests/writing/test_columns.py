@@ -11,6 +11,7 @@ import torch
 from transformers.utils.generic import ModelOutput
 
 from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.schemas import united
 
 Pair = namedtuple("Pair", ["score", "label"])
 
@@ -268,6 +269,73 @@ def test_what_had_no_values_gets_a_type_later(first: Any, second: Any) -> None:
     assert before.schema.names == batch.schema.names
     found = batch["x"].to_numpy_ndarray().tolist() if isinstance(second, torch.Tensor) else batch["x"].to_pylist()
     assert found == (second.tolist() if isinstance(second, torch.Tensor) else second or [None, None])
+
+
+@pytest.mark.parametrize(
+    ("batches", "column", "expected"),
+    [
+        ([[{"a": 1, "c": "x"}, {"a": 2}], [{"a": 3}, {"a": 4}]], "c", ["x", None, None, None]),
+        ([[{"a": 1, "c": torch.ones(2)}] * 2, [{"a": 3}, None]], "c", [[1.0, 1.0], [1.0, 1.0], None, None]),
+        ([[{"a": 1, "c": 1}] * 2, [{}, {}]], "a", [1, 1, None, None]),
+        ([[{"a": 1}, None], [None, None], None, [{"a": 2}, None]], "a", [1, None, None, None, None, None, 2, None]),
+        ([{"a": torch.ones(2), "b": {"c": torch.ones(2, 3)}}, None], "a", [1.0, 1.0, None, None]),
+        ([[None, None], None, [{"a": 1}, {"a": 2}]], "a", [None] * 4 + [1, 2]),
+        ([None, {"a": torch.ones(2), "b": torch.ones(2)}, None], "b", [None, None, 1.0, 1.0, None, None]),
+        (
+            [[{"r": {"a": 1, "c": 1}}] * 2, [{"r": {"a": 2}}, {}]],
+            "r",
+            [{"a": 1, "c": 1}] * 2 + [{"a": 2, "c": None}, None],
+        ),
+        (
+            [{"r": [{"a": 1, "c": {"d": "x"}}] * 2}, {"r": [{"a": 2}, None]}],
+            "r",
+            [{"a": 1, "c": {"d": "x"}}] * 2 + [{"a": 2, "c": None}, None],
+        ),
+        (
+            [{"r": [[{"a": 1, "c": 1}], []]}, {"r": [[{"a": 2}, {"a": 3}], None]}],
+            "r",
+            [[{"a": 1, "c": 1}], [], [{"a": 2, "c": None}, {"a": 3, "c": None}], None],
+        ),
+        ([{"s": [Pair(1, "x"), None]}, {"s": [None, None]}], "s", [{"score": 1, "label": "x"}, None, None, None]),
+    ],
+)
+def test_what_a_sample_lacks_is_null(batches: list[Any], column: str, expected: list[Any]) -> None:
+    columns = Columns()
+    made = [columns.batch(batch, 2, range(2), 0) for batch in batches]
+    tables = [pa.Table.from_batches([batch]) for batch in made]
+    schema = united(batch.schema for batch in made)
+    assert schema is not None
+    assert schema == columns.schema
+    assert "prediction" not in schema.names
+    found = [
+        value for each in tables for value in (each[column].to_pylist() if column in each.column_names else [None] * 2)
+    ]
+    assert found == expected
+
+
+def test_what_is_chosen_may_be_lacking_too() -> None:
+    columns = Columns({"a": "x", "c": "y"})
+    assert columns.batch(None, 2, range(2), 0)["y"].to_pylist() == [None, None]
+    assert columns.batch([{"a": 1, "c": 2}, {"a": 3}], 2, range(2), 0)["y"].to_pylist() == [2, None]
+    assert columns.batch([{"a": 1}, {}], 2, range(2), 0)["y"].to_pylist() == [None, None]
+    with pytest.raises(ValueError, match="asks for 'c', and there is only 'a'"):
+        columns.batch({"a": [1, 2]}, 2, range(2), 0)
+    with pytest.raises(ValueError, match="asks for 'typo', and there is only 'a'"):
+        Columns(["typo"]).batch([{"a": 1}, {}], 2, range(2), 0)
+
+
+def test_a_key_that_comes_later_is_an_error() -> None:
+    columns = Columns()
+    columns.batch([{"a": 1}, {"a": 1}], 2, range(2), 0)
+    with pytest.raises(ValueError, match=r"columns 'index', 'dataloader_idx', 'a', 'b'; those before had"):
+        columns.batch([{"a": 1, "b": 1}, {}], 2, range(2), 0)
+
+
+def test_an_id_is_not_left_out() -> None:
+    columns = Columns()
+    columns.batch([{"a": 1}], 1, [0], 0, ids=["x"])
+    with pytest.raises(ValueError, match="those before had 'index', 'dataloader_idx', 'id', 'a'"):
+        columns.batch([{"a": 1}], 1, [1], 0)
 
 
 def test_an_earlier_runs_schema_holds() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import lightning_hpu_infer
 from lightning_hpu_infer.writing import read, shards
 from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.describe import describe
 from lightning_hpu_infer.writing.manifest import Manifest
 from lightning_hpu_infer.writing.read import iter_predictions, read_predictions
 from lightning_hpu_infer.writing.shards import Shards
@@ -152,3 +153,34 @@ def test_the_package_has_them() -> None:
     assert lightning_hpu_infer.iter_predictions is iter_predictions
     with pytest.raises(AttributeError, match="no attribute 'write_predictions'"):
         _ = lightning_hpu_infer.write_predictions  # type: ignore[attr-defined]
+
+
+OPTIONAL: list[list[Any]] = [
+    [[{"a": 0}, {"a": 1}], [{"a": 2}, {"a": 3}]],
+    [[{"a": 4, "b": "x"}, {"a": 5}], [None, None]],
+    [None, [{"a": 8, "s": {"x": 1}}, {"a": 9, "s": {"x": 2}}]],
+    [[{"a": 10, "s": {"y": 0.5, "x": 3}}, {"a": 11}], [{"a": None}, {}]],
+    [None, None],
+]
+
+
+@pytest.mark.parametrize("order", [range(5), reversed(range(5)), [2, 0, 4, 1, 3]], ids=["up", "down", "mixed"])
+def test_ranks_may_lack_columns_that_others_have(tmp_path: Path, order: Any) -> None:
+    """Those of a detector, for one, whose images have not all of the classes."""
+    for rank, number in enumerate(order):
+        shards = Shards(LocalStorage(tmp_path), Manifest(rank=rank, world=5, fingerprint={}), rows_per_file=2)
+        columns = Columns()
+        for place, batch in enumerate(OPTIONAL[number]):
+            first = 4 * number + 2 * place
+            shards.write(columns.batch(batch, 2, [first, first + 1], 0))
+        shards.close(complete=True)
+    table = read_predictions(tmp_path)
+    assert set(table.column_names) == {"index", "dataloader_idx", "a", "b", "s"}
+    samples = [sample or {} for batches in OPTIONAL for batch in batches for sample in batch or [None, None]]
+    assert table["index"].to_pylist() == list(range(20))
+    for name in ("a", "b"):
+        assert table[name].to_pylist() == [sample.get(name) for sample in samples]
+    structs = [sample.get("s") for sample in samples]
+    assert table["s"].to_pylist() == [None if s is None else {"x": s["x"], "y": s.get("y")} for s in structs]
+    assert read_predictions(tmp_path, ["b"])["b"].to_pylist() == table["b"].to_pylist()
+    assert describe(tmp_path).problems == []
