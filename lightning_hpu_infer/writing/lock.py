@@ -8,6 +8,12 @@ from filelock import FileLock, Timeout
 LOCKS = ".locks"
 
 
+def ranks_with_locks(folder: Path) -> list[int]:
+    """The ranks whose files in a local folder somebody has kept others away from, now or before."""
+    found = (path.stem.removeprefix("rank-") for path in (folder / LOCKS).glob("rank-*.lock"))
+    return sorted(int(rank) for rank in found if rank.isdecimal())
+
+
 class Lock:
     """Keeps others away from a rank's files until it is released, or the process has ended in whatever way.
 

@@ -102,26 +102,33 @@ class Manifest:
             text = storage.get(name)
         except FileNotFoundError:
             return None
+        folder = f"{storage}/{folder_of(rank)}"
+        remedy = f"Remove {folder} to have its samples predicted again, or pass `overwrite=True` to begin anew."
         try:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise KeyError(values["format"])
-            if values["version"] > VERSION:
-                raise ValueError(
-                    f"{storage}/{name} is of version {values['version']}, and this is known up to {VERSION}."
-                    " Update lightning-hpu-infer."
-                )
-            schema = values["schema"]
-            return cls(
-                rank=rank,
-                world=values["world"],
-                fingerprint=values["fingerprint"],
-                schema=None if schema is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))),
-                files=[_file(each) for each in values["files"]],
-                complete=values["complete"],
+            manifest = cls._of(rank, values) if values["version"] <= VERSION else None
+        except Exception as error:  # Whatever a disk makes of it.
+            raise ValueError(f"{folder}/{MANIFEST} is no manifest of predictions: {error!r}. {remedy}") from error
+        if manifest is None:
+            raise ValueError(
+                f"{folder}/{MANIFEST} is of version {values['version']}, and this is known up to {VERSION}. Update"
+                f" lightning-hpu-infer. {remedy}"
             )
-        except (json.JSONDecodeError, KeyError, TypeError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{storage}/{name} is no manifest of predictions: {error!r}.") from error
+        return manifest
+
+    @classmethod
+    def _of(cls, rank: int, values: dict[str, Any]) -> "Manifest":
+        schema = values["schema"]
+        return cls(
+            rank=rank,
+            world=values["world"],
+            fingerprint=values["fingerprint"],
+            schema=None if schema is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(schema))),
+            files=[_file(each) for each in values["files"]],
+            complete=values["complete"],
+        )
 
 
 def _file(values: dict[str, Any]) -> File:

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from lightning_hpu_infer.writing.columns import INDEX, LOADER
-from lightning_hpu_infer.writing.lock import Lock
+from lightning_hpu_infer.writing.lock import Lock, ranks_with_locks
 from lightning_hpu_infer.writing.manifest import (
     MANIFEST,
     File,
@@ -42,7 +43,7 @@ class Opened:
     """The samples that any rank has committed: positions per dataloader, sorted, each as often as it is there."""
     schema: pa.Schema | None
     """Of what is there, over all ranks; None if there is nothing. For `Columns`."""
-    _lock: Lock | None = field(repr=False)
+    _locks: ExitStack = field(repr=False)
 
     def shards(self, **options: Any) -> Shards:
         """What writes the rank's files, with the options of `Shards`. Once."""
@@ -50,8 +51,7 @@ class Opened:
 
     def release(self) -> None:
         """Let another run in. May be called again."""
-        if self._lock is not None:
-            self._lock.release()
+        self._locks.close()
 
 
 def open_path(
@@ -82,12 +82,17 @@ def open_path(
         ValueError: If the predictions that are there are of another fingerprint, or of types that do not go together.
     """
     storage = storage_at(path)
-    locks: list[Lock] = []
+    locks = ExitStack()
 
     def enter() -> None:
         _refuse_others(storage)
         if storage.local is not None:
-            locks.append(Lock(storage.local, rank))
+            # When ranks of a run are killed, others of it may go on to write.
+            left = [other for other in ranks_with_locks(storage.local) if other >= world] if rank == 0 else []
+            for each in (rank, *left):
+                locks.callback(Lock(storage.local, each).release)
+
+    def clear() -> None:
         if overwrite and rank == 0:
             _remove(storage)
 
@@ -106,13 +111,13 @@ def open_path(
     together = partial(_together, agree, path)
     try:
         together(enter)
+        together(clear)
         manifest = together(begin)
         schema, done = together(look)  # Nobody commits before all have looked.
     except BaseException:
-        for lock in locks:
-            lock.release()
+        locks.close()
         raise
-    return Opened(storage=storage, manifest=manifest, done=done, schema=schema, _lock=locks[0] if locks else None)
+    return Opened(storage=storage, manifest=manifest, done=done, schema=schema, _locks=locks)
 
 
 def _together(agree: Callable[[bool], bool], path: object, part: Callable[[], T]) -> T:
@@ -146,9 +151,10 @@ def _is_ours(storage: Storage, folder: str) -> bool:
 
 def _remove(storage: Storage) -> None:
     """Remove all predictions. A run that is killed here leaves manifests of files that are there, or of none."""
-    for folder in _folders(storage):
-        rank = rank_of(folder)
-        manifest = None if rank is None else Manifest.load(storage, rank)
+    for rank, folder in _folders(storage):
+        manifest = None
+        with suppress(ValueError):  # It cannot be read, by anybody.
+            manifest = Manifest.load(storage, rank)
         if manifest is not None:
             replace(manifest, files=[], complete=False).store(storage)
         _remove_unlisted(storage, folder, [])
@@ -156,8 +162,10 @@ def _remove(storage: Storage) -> None:
         storage.remove_folder(folder)
 
 
-def _folders(storage: Storage) -> list[str]:
-    return [name for name in sorted(storage.names()) if rank_of(name) is not None and _is_ours(storage, name)]
+def _folders(storage: Storage) -> list[tuple[int, str]]:
+    """The ranks that have a folder with what runs write, and its name."""
+    found = ((rank_of(name), name) for name in sorted(storage.names()))
+    return [(rank, name) for rank, name in found if rank is not None and _is_ours(storage, name)]
 
 
 def _compare(manifests: list[Manifest], fingerprint: Fingerprint, storage: Storage, *, resume: bool) -> None:
@@ -198,9 +206,8 @@ def _own(storage: Storage, rank: int, world: int, fingerprint: Fingerprint) -> M
 
 def _tidy_others(storage: Storage, world: int) -> None:
     """The same for ranks that this run does not have. Their folders stay if predictions are in them."""
-    for folder in _folders(storage):
-        rank = rank_of(folder)
-        if rank is None or rank < world:
+    for rank, folder in _folders(storage):
+        if rank < world:
             continue
         manifest = Manifest.load(storage, rank)
         files = [] if manifest is None else _sound(storage, manifest)

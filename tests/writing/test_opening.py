@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from lightning_hpu_infer.writing.columns import Columns
 from lightning_hpu_infer.writing.lock import Lock
-from lightning_hpu_infer.writing.manifest import MANIFEST, Manifest, all_manifests
+from lightning_hpu_infer.writing.manifest import MANIFEST, all_manifests
 from lightning_hpu_infer.writing.opening import Opened, open_path
 from lightning_hpu_infer.writing.storage import LocalStorage
 from tests.writing.runs import batches_of, in_files, names, opened, run, write_batches
@@ -152,6 +153,32 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
     opened(tmp_path).release()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_that_is_left_of_a_killed_run_keeps_its_files(tmp_path: Path, world: int, overwrite: bool) -> None:
+    """The others were killed, or have come to their end before it."""
+    run(tmp_path, range(0, 16, 2), 0, 3, complete=False)
+    left = opened(tmp_path, 2, 3)
+    shards = left.shards(rows_per_file=4)
+    write_batches(shards, Columns(), [[1, 3, 5, 7], [9, 11]])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Another run writes predictions of rank 2.*another path"):
+            opened(tmp_path, 0, world, overwrite=overwrite)
+    shards.close(complete=True)
+    left.release()
+    assert in_files(tmp_path) == sorted([*range(0, 16, 2), *range(1, 13, 2)])
+    run(tmp_path, range(16), 0, world, overwrite=overwrite)
+    assert in_files(tmp_path) == list(range(16))
+    opened(tmp_path, 2, 3).release()  # nobody is left in it
+
+
+def test_what_is_no_lock_of_a_rank_is_passed_over(tmp_path: Path) -> None:
+    run(tmp_path, range(4))
+    for name in ("rank-x.lock", "rank-.lock", "notes.txt"):
+        (tmp_path / ".locks" / name).touch()
+    opened(tmp_path).release()
+
+
 def test_an_error_while_opening_lets_others_in(tmp_path: Path) -> None:
     run(tmp_path, range(4), fingerprint={"seed": 1})
     for _ in range(2):
@@ -259,17 +286,35 @@ class Agreement:
         return agreed
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (('"version": 1', '"version": 2'), "of version 2.*Update"),
-        (("lightning_hpu_infer predictions", "shopping list"), "no manifest of predictions"),
-        (("{", ""), "no manifest of predictions"),
-    ],
-)
-def test_manifests_that_cannot_be_read(tmp_path: Path, change: tuple[str, str], words: str) -> None:
-    run(tmp_path, range(4))
-    path = tmp_path / "rank-00000" / MANIFEST
-    path.write_text(path.read_text().replace(*change, 1))
-    with pytest.raises(ValueError, match=f"rank-00000/{MANIFEST} is {words}"):
-        Manifest.load(LocalStorage(tmp_path), 0)
+DAMAGED = {
+    "of version 2.*Update": ('"version": 1', '"version": 2'),
+    "no manifest of predictions: KeyError": ("lightning_hpu_infer predictions", "shopping list"),
+    "no manifest of predictions: JSONDecodeError": ("{", ""),
+    "no manifest of predictions: TypeError": ('"version": 1', '"version": "1"'),
+    "no manifest of predictions: Unicode": ("lightning", "\udcff"),
+    "no manifest of predictions: .*lines": ('"rows": 4', '"lines": 4'),
+    "no manifest of predictions: .*base64|padding": ('"schema": "', '"schema": "x'),
+}
+
+
+@pytest.mark.parametrize("words", DAMAGED)
+def test_manifests_that_cannot_be_read(tmp_path: Path, words: str) -> None:
+    run(tmp_path, range(0, 8, 2), 0, 2)
+    run(tmp_path, range(1, 8, 2), 1, 2)
+    path = tmp_path / "rank-00001" / MANIFEST
+    text = path.read_text()
+    changed = text.replace(*DAMAGED[words], 1)
+    assert changed != text
+    path.write_bytes(changed.encode(errors="surrogateescape"))
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=f"rank-00001/{MANIFEST} is {words}.*Remove .*rank-00001 to .*overwrite=True"
+        ):
+            opened(tmp_path)
+    if words.startswith("of"):
+        shutil.rmtree(tmp_path / "rank-00001")
+        assert done(tmp_path) == {0: list(range(0, 8, 2))}
+    else:
+        run(tmp_path, range(8), overwrite=True)
+        assert in_files(tmp_path) == list(range(8))
+        assert names(tmp_path) == [f"rank-00000/{MANIFEST}", "rank-00000/part-00000.parquet"]
