@@ -114,12 +114,16 @@ class Program:
 
         On a device each batch and each prediction is a copy. So is an output that is fetched late on the CPU.
         """
-        lends = self.source in ("batches", "stored", "reused", "same_item")
         return (
             self.output == "own_buffer"
-            or (lends and ("x" in self.output or self.network == "identity" or self.callback == "keeps"))
-            or ((lends or self.container == "numpy") and self.writes_batch)
+            or (self.lends and ("x" in self.output or self.network == "identity" or self.callback == "keeps"))
+            or ((self.lends or self.container == "numpy") and self.writes_batch)
         )
+
+    @property
+    def lends(self) -> bool:
+        """Whether batches are memory that is filled again, or that somebody else has."""
+        return self.source in ("batches", "stored", "reused", "same_item")
 
     @property
     def writes_batch(self) -> bool:
@@ -169,6 +173,8 @@ class Program:
             program = replace(program, watch="writer", interval="epoch")
         if self.fault in ("dataset", "collate") and self.source in ("batches", "stored"):
             program = replace(program, fault="none")  # these are made before the run
+        if self.container == "numpy" and self.lends and self.callback == "keeps":
+            program = replace(program, callback="none")  # arrays stay on the host, where ours are copies
         if self.workers and (self.source != "dataset" or self.fault in ("dataset", "collate")):
             program = replace(program, workers=0)
         if self.flags.get("defer_hooks") is True and program.unsafe_end:
