@@ -5,6 +5,7 @@ What is called, in which order, with which profiler span and which `_current_fx_
 """
 
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
 from lightning_hpu_infer.observer import Observer, Stage
+from lightning_hpu_infer.shared import reads_changes
 
 Hook = Callable[..., Any]
 _START, _END = "on_predict_batch_start", "on_predict_batch_end"
@@ -38,14 +40,15 @@ class BatchHook(NamedTuple):
     def may_be_late(self) -> bool:
         """Whether an end hook may run after later steps: that of a writer, of Lightning's classes or of ours.
 
-        Any other may change weights, the module's state or the batch, or read them.
+        Any other may change weights, the module's state or the batch, or read them. A writer that has a start hook may
+        keep there what it writes.
         """
         if _is_stock(self.hook):
             return True  # it does nothing; with a profiler it has a span
         kind, function = type(self.listener), getattr(self.hook, "__func__", None)
         if isinstance(self.listener, BasePredictionWriter) and not kind.__module__.startswith(_PACKAGES):
-            return function is BasePredictionWriter.on_predict_batch_end
-        return kind.__module__.startswith(_PACKAGES) and getattr(function, "__module__", "").startswith(_PACKAGES)
+            return function is BasePredictionWriter.on_predict_batch_end and _is_ours(getattr(self.listener, _START))
+        return kind.__module__.startswith(_PACKAGES) and _is_ours(self.hook)
 
 
 class BatchHooks:
@@ -80,6 +83,7 @@ class BatchHooks:
         self._trainer = trainer
         self._observer = observer
         self._told = False
+        self._reading: dict[int, bool] = {}
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
         self.start = self._batch_hook(_START, self._call_start)
@@ -96,7 +100,7 @@ class BatchHooks:
             defer: The option `defer_hooks`.
         """
         hooks = list(self._hooks_now(_END)) if defer else []
-        unsafe = [hook for hook in hooks if not hook.may_be_late] if defer == "auto" else []
+        unsafe = [hook for hook in hooks if not self._may_be_late(hook)] if defer == "auto" else []
         if unsafe and not self._told:
             self._told = True
             whose = ", ".join(dict.fromkeys(type(hook.listener).__name__ for hook in unsafe))
@@ -106,6 +110,19 @@ class BatchHooks:
                 " when outputs have arrived, while the device is busy with later batches."
             )
         return None if unsafe or not defer else hooks
+
+    def _may_be_late(self, hook: BatchHook) -> bool:
+        return hook.may_be_late and not self._reads_steps(hook.listener)
+
+    def _reads_steps(self, listener: Any) -> bool:
+        """Whether a writer of the user's is seen to read what the module's methods write."""
+        found = self._reading.get(id(listener))
+        if found is None:
+            write = getattr(getattr(listener, "write_on_batch_end", None), "__func__", None)
+            names = write.__code__.co_varnames[2:3] if isinstance(write, FunctionType) else ()
+            found = any(reads_changes(listener, name, self._module) for name in names)
+            self._reading[id(listener)] = found
+        return found
 
     def _hooks_now(self, name: str) -> Iterable[BatchHook]:
         """The hooks of that name, of the callbacks first; those that a callback adds meanwhile are among them."""
@@ -208,6 +225,11 @@ _STOCK = frozenset(
 def _is_stock(hook: Hook) -> bool:
     """Whether a hook is Lightning's default, whose effect is known. Any other hook is called."""
     return getattr(hook, "__func__", None) in _STOCK
+
+
+def _is_ours(hook: Hook) -> bool:
+    """Whether a hook is one of Lightning's or ours, and not of a class of the user's."""
+    return getattr(getattr(hook, "__func__", None), "__module__", "").startswith(_PACKAGES)
 
 
 def reads_outputs(hooks: Iterable[BatchHook]) -> bool:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
 from functools import partial
+from itertools import pairwise
 from types import CodeType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,24 @@ def _belongs_to_a_library(held: Held) -> bool:
     )
 
 
+def reads_changes(reader: object, name: str, owner: object) -> bool:
+    """Whether methods of an object are seen to read attributes of another one that its own methods change.
+
+    Args:
+        reader: The object that reads.
+        name: The argument under which its methods have the other one.
+        owner: The other one.
+    """
+    read: set[Any] = set()
+    for function in functions_of(type(reader)):
+        for before, step in pairwise(dis.get_instructions(function.__code__)):
+            loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
+            if loaded == name and before.opname.startswith("LOAD_FAST") and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                read.add(step.argval)
+    changed = {name for function in functions_of(type(owner)) for name, _ in _changed_in(function.__code__)}
+    return bool(read & changed)
+
+
 class _Changes:
     """What functions are seen to change. Names stand for objects, so it is a guess, and only of what they name."""
 
@@ -110,20 +129,21 @@ class _Changes:
 
 def _changed_in(code: CodeType) -> Iterator[tuple[str, bool]]:
     """Names of what is changed: of attributes that are assigned to, and (True) of that whose content is changed."""
-    before = last = None
-    for step in dis.get_instructions(code):
-        target = None
+    steps: list[dis.Instruction] = [*dis.get_instructions(code)]
+    for at, step in enumerate(steps):
+        target: int | None = None  # so many steps ago the object was loaded
         if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             yield step.argval, False
-            target = last
+            target = 1
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             in_place = step.argval.endswith("_") and not step.argval.endswith("__")
-            target = last if step.argval in _CHANGES or in_place else None
+            target = 1 if step.argval in _CHANGES or in_place else None
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            target = before  # the last one is the key
-        if target is not None and target.opname in ("LOAD_ATTR", "LOAD_DEREF"):
-            yield target.argval, True
-        before, last = last, step
+            target = 4 if steps[at - 1].opname == "BUILD_SLICE" else 2
+        elif step.opname == "STORE_SLICE":
+            target = 3
+        if target is not None and steps[at - target].opname in ("LOAD_ATTR", "LOAD_DEREF"):
+            yield steps[at - target].argval, True
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _changed_in(constant)

@@ -37,9 +37,18 @@ class Steps(Net):
 
 
 class NotingWriter(BasePredictionWriter):
+    """Uses what it is given, and its own list, which the module's steps write to as well."""
+
     def __init__(self) -> None:
         super().__init__("batch")
+        self.notes: list[str] = []
 
+    def write_on_batch_end(self, t: Any, module: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
+        assert prediction.device.type in ("cpu", module.device.type)
+        self.notes.append(f"e{idx}")
+
+
+class NotingInModule(NotingWriter):
     def write_on_batch_end(self, t: Any, module: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
         module.notes.append(f"e{idx}")
 
@@ -47,6 +56,10 @@ class NotingWriter(BasePredictionWriter):
 class OwnEnd(NotingWriter):
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
         super().on_predict_batch_end(*args, **kwargs)
+
+
+class NotingStart(NotingWriter):
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class NotingCallback(Callback):
@@ -85,6 +98,8 @@ BEHIND = "s0 s1 e0 s2 e1 s3 e2 s4 e3 e4"
         (Steps, [NotingWriter, TQDMProgressBar], True),
         (Steps, [NotingCallback], False),
         (Steps, [OwnEnd], False),
+        (Steps, [NotingStart], False),
+        (Steps, [NotingInModule], False),
         (Steps, [NotingBar], False),
         (Steps, [noting_lambda], False),
         (StepsAndEnds, [], False),
@@ -96,6 +111,8 @@ def test_rule_2_end_hooks_are_late_where_all_of_them_may_be(
 ) -> None:
     net = module()
     made = [callback() for callback in callbacks]
+    for writer in made:
+        vars(writer)["notes"] = net.notes
     bar = any(isinstance(callback, ProgressBar) for callback in made)
     accelerator = HPUInferenceAccelerator(hpu_graphs=False, defer_hooks=defer_hooks)
     ours = trainer(accelerator, made, enable_progress_bar=bar)
@@ -110,11 +127,10 @@ def test_rule_2_end_hooks_are_late_where_all_of_them_may_be(
 @pytest.mark.usefixtures("emulated")
 def test_rule_2_a_profiler_makes_no_hook_unsafe(caplog: pytest.LogCaptureFixture) -> None:
     """With one, hooks that do nothing are called too, for their spans."""
-    net = Steps()
+    net, writer = Steps(), NotingWriter()
+    writer.notes = net.notes
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
-        trainer(HPUInferenceAccelerator(hpu_graphs=False), [NotingWriter()], profiler="simple").predict(
-            net, rows(10, 2)
-        )
+        trainer(HPUInferenceAccelerator(hpu_graphs=False), [writer], profiler="simple").predict(net, rows(10, 2))
     assert " ".join(net.notes) == BEHIND
     assert [record.message for record in caplog.records if LATE in record.message] == []
 
@@ -176,6 +192,11 @@ class OfDicts(Net):
         return {"y": self.net(batch["extra"]), "tmp": 1, "n": torch.zeros(1, device=self.device)}
 
 
+class OfDictsOnly(Net):
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"y": self.net(batch["x"])}
+
+
 class Late(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -213,6 +234,70 @@ class ReplacesEndHook(Net):
             self.net.register_forward_hook(lambda module, args, output: output * 7)
 
 
+class NamedByStart(BasePredictionWriter):
+    """Writes under a name that its start hook takes from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.seen: list[Any] = []
+
+    def on_predict_batch_start(self, t: Any, m: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self.file = f"{batch_idx}.pt", batch["x"].cpu().clone()
+
+    def write_on_batch_end(self, t: Any, m: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
+        self.seen.append((self.file, idx, prediction["y"].cpu().clone()))
+
+
+class Accumulates(Net):
+    """Keeps in every step what a writer reads."""
+
+    sums: torch.Tensor
+    newest: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+        self.register_buffer("sums", torch.zeros(3))
+        self.register_buffer("newest", torch.zeros(2, 3))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        scores = self.net(batch)
+        self.last = batch_idx
+        self.rows.append(len(batch))
+        self.sums.add_(scores.sum(0))
+        self.newest[:] = scores
+        return scores
+
+
+def reading(read: Any) -> Any:
+    """A writer that reads something of the module."""
+
+    class Reads(BasePredictionWriter):
+        def __init__(self) -> None:
+            super().__init__("batch")
+            self.seen: list[Any] = []
+
+        write_on_batch_end = read
+
+    return Reads
+
+
+def last(self: Any, t: Any, m: Any, *_: Any) -> None:
+    self.seen.append(m.last)
+
+
+def length(self: Any, t: Any, module: Any, *_: Any) -> None:
+    self.seen.append(len(module.rows))
+
+
+def sums(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
+    self.seen.append(pl_module.sums.cpu().clone())
+
+
+def newest(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
+    self.seen.append(pl_module.newest.cpu().clone())
+
+
 def of_rows() -> DataLoader[Any]:
     return rows(16, 2)
 
@@ -237,7 +322,10 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*runs without")
 def test_rule_2_what_a_hook_does_and_sees_is_stock(change: str, flags: dict[str, Any]) -> None:
     make_module, make_callback, loader = CHANGES[change]
+    assert_hooks_are_stocks(make_module, make_callback, loader, flags)
 
+
+def assert_hooks_are_stocks(make_module: Any, make_callback: Any, loader: Any, flags: dict[str, Any]) -> None:
     def run(accelerator: Any) -> Any:
         module, callbacks = make_module(), [make_callback()] if make_callback else []
         seen = [getattr(part, "seen", None) for part in (module, *callbacks)]
@@ -246,6 +334,19 @@ def test_rule_2_what_a_hook_does_and_sees_is_stock(change: str, flags: dict[str,
     ours, stock = run(HPUInferenceAccelerator(**flags)), run("cpu")
     for one, other in zip(ours, stock, strict=True):
         assert_equal(one, other)
+
+
+WRITERS: dict[str, Any] = {
+    "with a start hook": (OfDictsOnly, NamedByStart, of_dicts),
+    **{read.__name__: (Accumulates, reading(read), of_rows) for read in (last, length, sums, newest)},
+}
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_rule_2_a_writer_that_is_seen_to_depend_on_steps_runs_in_stock_order(writer: str) -> None:
+    make_module, make_callback, loader = WRITERS[writer]
+    assert_hooks_are_stocks(make_module, make_callback, loader, {"hpu_graphs": False, "in_flight": 3})
 
 
 class Joined(PredictionLoop):
