@@ -125,7 +125,11 @@ class Room:
                         f"The pipeline is full: {self._taken} batches were submitted and not computed (`max_pending`)."
                         f" {_IN_CALLBACK if self._waits else _WHEN_FULL}"
                     )
-                self._changed.wait()
+                try:
+                    self._changed.wait()
+                except BaseException:  # Ctrl-C, maybe behind the notice of a place, which is another one's now
+                    self._changed.notify()
+                    raise
             if self._engine.closed:
                 self._changed.notify_all()  # whatever ended it, nobody waits on
                 raise RuntimeError(CLOSED)
