@@ -256,6 +256,8 @@ class InferencePipeline:
         depth, tunes = self.config.prefetch_depth(self.device.type), self.config.tunes_depths(self.device.type)
         if self.config.prefetch or not (tunes or self._engine.ahead):
             return True  # whoever asks for the thread knows; or nothing is done ahead
+        if isinstance(batches, list | tuple) and len(batches) < 2:
+            return True  # a single batch, which many send one after the other: looking takes milliseconds
         if reason := reason_against([batches], [self._engine.model.module]):
             rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={depth or 1}` if it may be.")
         return not reason

@@ -36,6 +36,7 @@ def test_python_ends_if_nobody_closes_and_postprocess_has_no_pool_any_more() -> 
     """Python ends all pools before it waits for threads, and before exit handlers."""
     script = """
         import operator
+        import sys
         import threading
         import torch
         from torch import nn
@@ -54,7 +55,10 @@ def test_python_ends_if_nobody_closes_and_postprocess_has_no_pool_any_more() -> 
             threading.main_thread().join()
             for each in (*pipelines.values(), pipeline("thread", nn.Identity), pipeline("process", nn.Identity)):
                 late.append(int(each.submit(torch.full((1,), 5.0)).result()))
-            print("late", *late, flush=True)
+            say("late", late)
+
+        def say(name, found):
+            sys.stdout.write(f"{name} {found}\\n")  # at once, beside other threads
 
         late, done = [], {"thread": [], "process": []}
         pipelines = {backend: pipeline(backend) for backend in done}
@@ -62,17 +66,19 @@ def test_python_ends_if_nobody_closes_and_postprocess_has_no_pool_any_more() -> 
             for number in range(5):
                 future = each.submit(torch.full((1,), float(number)))
                 future.add_done_callback(lambda future, backend=backend: done[backend].append(int(future.result())))
-            future.add_done_callback(lambda _, backend=backend: print(backend, *done[backend], flush=True))
+            future.add_done_callback(lambda _, backend=backend: say(backend, done[backend]))
         threading.Thread(target=go_on).start()
     """
     in_place = "`postprocess` runs in place, since the main thread has ended, and Python starts no pool any more.\n"
-    printed = " ".join(printed_by(script, 2 * in_place))  # of those that are made then
-    for line in ("thread 0 -1 -2 -3 -4", "process 0 -1 -2 -3 -4", "late -5 -5 -5 -5"):
-        assert line in printed
+    assert sorted(printed_by(script, 2 * in_place)) == [  # of those that are made then
+        "late [-5, -5, -5, -5]",
+        "process [0, -1, -2, -3, -4]",
+        "thread [0, -1, -2, -3, -4]",
+    ]
 
 
 def printed_by(script: str, said: str = "") -> list[str]:
-    """What a script printed whose Python ended as it should, and which said so much."""
+    """The lines printed by a script whose Python ended as it should, and which warned of so much."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)],
         capture_output=True,
@@ -81,7 +87,7 @@ def printed_by(script: str, said: str = "") -> list[str]:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, said)
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
