@@ -76,8 +76,13 @@ def main() -> None:
         parser.error(f"{error}: pip install '.[demo,ray]'")
     out = (options.out or Path(tempfile.mkdtemp())).absolute()
 
-    # An emulated device is not one that Ray could find.
-    ray.init(resources={"HPU": options.actors} if options.device == "emulator" else None, log_to_driver=False)
+    ray.init(
+        # CPUs are only counted. On a small machine Ray's own tasks would have none beside the actors.
+        num_cpus=None if options.device == "hpu" else max(os.cpu_count() or 1, options.actors + 2),
+        # An emulated device is not one that Ray could find.
+        resources={"HPU": options.actors} if options.device == "emulator" else None,
+        log_to_driver=False,
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not (out / "sentences").exists():
         ray.data.from_items(sentences(options.limit)).write_parquet(str(out / "sentences"))

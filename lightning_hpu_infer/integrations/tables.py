@@ -120,7 +120,7 @@ def _names(table: Any) -> list[str]:
 
 def _values(name: str, values: Any, rows: int) -> _Array | list[Any]:
     values = _as_array(values)
-    if not isinstance(values, np.ndarray | Sequence) or isinstance(values, str | bytes):
+    if not isinstance(values, np.ndarray | Sequence) or isinstance(values, str | bytes | np.ma.MaskedArray):
         raise ValueError(
             f"The prediction {name!r} is a {type(values).__name__}: no tensor, array or list of {rows} rows."
         )

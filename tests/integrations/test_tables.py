@@ -177,6 +177,8 @@ def test_what_does_not_fit_the_rows_is_refused(kind: str) -> None:
         beside(table, ["x", "y"], None)
     with pytest.raises(ValueError, match="'prediction' is a float: no tensor, array or list of 5 rows"):
         beside(table, 1.0, None)
+    with pytest.raises(ValueError, match="'prediction' is a MaskedArray: no tensor, array or list of 5 rows"):
+        beside(table, np.ma.masked_array(np.ones(5), [True] * 5), None)  # the mask would be lost
     with pytest.raises(ValueError, match=r"\['name'\] are both in the table and in the prediction"):
         beside(table, {"name": torch.ones(5)}, None)
     with pytest.raises(ValueError, match=r"\['nothing'\] are to be kept, but the table has \['name', "):
