@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil, inf
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class Samples:
         done: What to leave out; None without a writer that keeps it.
 
     Raises:
-        MisconfigurationException: If a sampler yields a sample several times and some are to be left out, or if batches
-            cannot be made in order of length.
+        MisconfigurationException: If some samples are to be left out and a sampler yields one several times, or yields
+            other than positions; or if batches cannot be made in order of length.
         TypeError: As `Reordered` does.
         ValueError: As `Reordered` does.
     """
@@ -64,7 +65,7 @@ class Samples:
         self._skipped = {} if done is None else done.batches
         if done is not None:
             left = [
-                _without(loader, batches, done.samples.get(number, np.empty(0, np.int64)))
+                _without(loader, batches, done.samples.get(number, np.empty(0, np.int64)), f"Dataloader {number}")
                 for number, (loader, batches) in enumerate(zip(loaders, max_batches, strict=True))
             ]
             self.totals, self.max_batches = [total for total, _ in left], [batches for _, batches in left]
@@ -114,7 +115,27 @@ def has_indices(loader: object) -> bool:
     return users_batch_sampler(getattr(loader, "batch_sampler", None)) is not None
 
 
-def _without(loader: Any, max_batches: float, done: npt.NDArray[np.int64]) -> tuple[float, float]:
+def positions_of(samples: Sequence[Any], where: str) -> npt.NDArray[np.int64]:
+    """What a sampler has yielded, as positions in the dataset.
+
+    Args:
+        samples: The indices, integers of any type.
+        where: Whose, at the beginning of an error.
+
+    Raises:
+        MisconfigurationException: If one is no integer.
+    """
+    try:
+        return np.fromiter(map(index, samples), np.int64, len(samples))
+    except (TypeError, OverflowError):
+        shown = next((sample for sample in samples if not hasattr(sample, "__index__")), samples[0])
+        raise MisconfigurationException(
+            f"{where}: its sampler yields {shown!r}, and `PredictionWriter` knows samples by their positions in the"
+            " dataset. Let the sampler yield integers, and the dataset's `__getitem__` look up what they stand for."
+        ) from None
+
+
+def _without(loader: Any, max_batches: float, done: npt.NDArray[np.int64], where: str) -> tuple[float, float]:
     """Leave samples out of a dataloader; gives its batches with them, and those without."""
     wrapper: Any = getattr(loader, "batch_sampler", None)
     batches = users_batch_sampler(wrapper)
@@ -123,24 +144,25 @@ def _without(loader: Any, max_batches: float, done: npt.NDArray[np.int64]) -> tu
     if type(batches) is not BatchSampler:
         # Whatever the user's sampler puts together stays together.
         found = [list(batch) for batch in islice(batches, int(min(max_batches, 2**62)))]
-        kept = iter(_not_done([sample for batch in found for sample in batch], done))
+        kept = iter(_not_done([sample for batch in found for sample in batch], done, where))
         made = [[sample for sample in batch if next(kept)] for batch in found]
         left = [batch for batch in made if batch]
         set_batch_sampler(wrapper, left)
         return len(found), len(left)
     size = batches.batch_size
     samples = list(batches.sampler)[: int(min(max_batches * size, 2**62))]
-    batches.sampler = [sample for sample, keep in zip(samples, _not_done(samples, done), strict=True) if keep]
+    batches.sampler = [sample for sample, keep in zip(samples, _not_done(samples, done, where), strict=True) if keep]
     return ceil(len(samples) / size), ceil(len(batches.sampler) / size)
 
 
-def _not_done(samples: Sequence[int], done: npt.NDArray[np.int64]) -> list[bool]:
-    if len(set(samples)) < len(samples):
+def _not_done(samples: Sequence[Any], done: npt.NDArray[np.int64], where: str) -> list[bool]:
+    positions = positions_of(samples, where)
+    if (different := len(np.unique(positions))) < len(positions):
         raise MisconfigurationException(
-            f"The sampler yields samples several times ({len(samples)} samples, {len(set(samples))} different ones). It"
-            " is not known which of them are predicted already. Predict into another folder, or pass `overwrite=True`."
+            f"The sampler yields samples several times ({len(positions)} samples, {different} different ones). It is"
+            " not known which of them are predicted already. Predict into another folder, or pass `overwrite=True`."
         )
-    return [bool(keep) for keep in np.isin(np.asarray(samples, np.int64), done, invert=True)]
+    return [bool(keep) for keep in np.isin(positions, done, invert=True)]
 
 
 class _Skipping:

@@ -98,7 +98,8 @@ def _numpy(value: Tensor | NDArray[Any], column: str) -> NDArray[Any]:
     tensor = value.detach()
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise UnfitError(f"Column {column!r} is a {kind} tensor. Return `.dequantize()` or `.to_dense()` of it.")
+        way = "dequantize" if tensor.is_quantized else "to_dense"
+        raise UnfitError(f"Column {column!r} is a {kind} tensor. Return `.{way}()` of it.")
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     narrow = tensor.is_floating_point() and (tensor.dtype == torch.bfloat16 or tensor.itemsize == 1)
@@ -120,16 +121,23 @@ def _dense(array: NDArray[Any], rows: int, column: str) -> pa.Array:
         )
     shape = array.shape[1:]
     if not shape:
-        return pa.array(array)
+        return _of_numpy(array, column)
     if not prod(shape):
         raise UnfitError(
             f"Column {column!r} has shape {list(array.shape)}, which holds no values. Return a list with one tensor per"
             " sample if their sizes vary."
         )
     # Arrow's tensors are made of whole bytes.
-    values = pa.array((array.view(np.uint8) if array.dtype == bool else array).reshape(-1))
+    values = _of_numpy((array.view(np.uint8) if array.dtype == bool else array).reshape(-1), column)
     storage = pa.FixedSizeListArray.from_arrays(values, prod(shape))
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(values.type, shape), storage)
+
+
+def _of_numpy(array: NDArray[Any], column: str, mask: NDArray[Any] | None = None) -> pa.Array:
+    try:
+        return pa.array(array, mask=mask)
+    except _ARROW_ERRORS as error:
+        raise UnfitError(f"Column {column!r} is an array of {array.dtype}, which has no type of Arrow's.") from error
 
 
 def _per_sample(values: list[Any], column: str) -> pa.Array:
@@ -181,8 +189,8 @@ def _ragged(arrays: list[NDArray[Any] | None], mask: NDArray[Any] | None, column
         raise UnfitError(f"Column {column!r} holds tensors of several kinds: {', '.join(kinds)}.")
     filled = [np.zeros((0,) * dims if dims else (), dtype) if array is None else array for array in arrays]
     if not dims:
-        return pa.array(np.stack(filled), mask=mask)
-    array = pa.array(np.concatenate([each.reshape(-1) for each in filled]))
+        return _of_numpy(np.stack(filled), column, mask)
+    array = _of_numpy(np.concatenate([each.reshape(-1) for each in filled]), column)
     for axis in reversed(range(dims)):
         lengths = np.repeat([each.shape[axis] for each in filled], [prod(each.shape[:axis]) for each in filled])
         array = _lists(array, lengths, None if axis else mask)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,7 +15,7 @@ from typing_extensions import override
 from lightning_hpu_infer._lightning import note_sigterm_alone
 from lightning_hpu_infer.observer import Observer
 from lightning_hpu_infer.samples import Done
-from lightning_hpu_infer.writing import check_pyarrow
+from lightning_hpu_infer.writing import check_columns, check_pyarrow
 
 if TYPE_CHECKING:
     from lightning_hpu_infer.writing.session import Session
@@ -42,14 +43,14 @@ class PredictionWriter(BasePredictionWriter):
             by default. A tensor, or a list of values, is the column `prediction`.
         rows_per_file: Rows after which a file is committed.
         seconds_per_file: Seconds after which it is, so that slow runs lose little.
-        compression: A codec of Parquet: "zstd", "snappy", "gzip", "lz4", "none".
+        compression: A codec of Parquet: "zstd", "snappy", "gzip", "lz4", "brotli", "none".
         queue_bytes: Bytes of predictions that may wait for the thread. A run waits when there are more.
         id_key: Name of the batch's part that has an id for each sample, for the column `id`.
 
     Raises:
         ImportError: If pyarrow is not installed.
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, there are no columns, or nobody knows the codec.
     """
 
     def __init__(
@@ -67,14 +68,16 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         super().__init__("batch")
         check_pyarrow()
-        if isinstance(columns, str):
-            raise TypeError(f"`columns` is the string {columns!r}. Pass a list of names: [{columns!r}].")
-        for name, value in {
-            "rows_per_file": rows_per_file,
-            "seconds_per_file": seconds_per_file,
-            "queue_bytes": queue_bytes,
-        }.items():
-            if value <= 0:
+        check_columns(columns)
+        _check_codec(compression)
+        for name, value, kind in (
+            ("rows_per_file", rows_per_file, Integral),
+            ("seconds_per_file", seconds_per_file, Real),
+            ("queue_bytes", queue_bytes, Integral),
+        ):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be {'an integer' if kind is Integral else 'a number'}, got {value!r}.")
+            if not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value!r}.")
         self.path = path
         self.resume = resume
@@ -195,6 +198,14 @@ class PredictionWriter(BasePredictionWriter):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Commit what a run that ended otherwise has left."""
         self._abandon()
+
+
+def _check_codec(compression: str) -> None:
+    from pyarrow import Codec
+
+    known = [*(name for name in ("zstd", "snappy", "gzip", "lz4", "brotli") if Codec.is_available(name)), "none"]
+    if not isinstance(compression, str) or compression.lower() not in known:
+        raise ValueError(f"`compression` must be one of {', '.join(map(repr, known))}, got {compression!r}.")
 
 
 def begin_writing(trainer: Any, loaders: Sequence[object], observer: Observer) -> Done | None:

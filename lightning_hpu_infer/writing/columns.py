@@ -8,6 +8,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from lightning_hpu_infer.nested import parts_of
+from lightning_hpu_infer.writing import check_columns
 from lightning_hpu_infer.writing.arrays import UnfitError, array_of, by_name, is_sequence
 from lightning_hpu_infer.writing.schemas import conform, widened
 
@@ -32,8 +33,7 @@ class Columns:
     def __init__(
         self, columns: Sequence[str] | Mapping[str, str] | None = None, schema: pa.Schema | None = None
     ) -> None:
-        if isinstance(columns, str):
-            raise TypeError(f"`columns` is the string {columns!r}. Pass a list of names: [{columns!r}].")
+        check_columns(columns)
         if columns is not None and not isinstance(columns, Mapping):
             columns = {name: name for name in columns}
         self._names = columns
@@ -79,7 +79,7 @@ class Columns:
             if len(arrays[INDEX]) != rows:
                 raise UnfitError(f"{len(arrays[INDEX])} positions in the dataset were given for {rows} samples.")
             return self._fitted(arrays, each)
-        except (UnfitError, pa.ArrowInvalid) as error:
+        except (UnfitError, pa.ArrowException) as error:
             raise ValueError(f"The predictions of {where} cannot be written. {error}") from error
 
     def _chosen(self, prediction: Any, rows: int, taken: set[str]) -> tuple[dict[str, pa.Array], bool]:

@@ -48,8 +48,8 @@ class Description:
     fingerprint: Fingerprint
     """What the run depended on."""
     missing: dict[int, list[tuple[int, int]]] | None
-    """The samples of each dataloader's dataset that have no prediction: `(first, last + 1)` of each gap. None if the
-    lengths of the datasets are not known."""
+    """The samples of each dataloader's dataset that have no prediction: `(first, last + 1)` of each gap. Only datasets
+    whose lengths are known; None if there is none."""
     problems: list[str]
     """Files that are lost or broken, in words."""
     verified: bool
@@ -149,15 +149,16 @@ def _sha256(storage: Storage, name: str) -> str:
 
 def _missing(storage: Storage, manifests: list[Manifest], broken: set[int]) -> dict[int, list[tuple[int, int]]] | None:
     lengths: Any = manifests[0].fingerprint.get(DATASET_LENGTHS)
-    if not isinstance(lengths, list) or not all(isinstance(length, int) for length in lengths):
+    known = {loader: each for loader, each in enumerate(lengths or ()) if each is not None}
+    if not known:
         return None
-    found: dict[int, list[NDArray[np.int64]]] = {loader: [] for loader in range(len(lengths))}
+    found: dict[int, list[NDArray[np.int64]]] = {}
     for manifest in manifests:
         for file in manifest.files:
             if id(file) not in broken:
                 for loader, indices in positions(storage, manifest, file).items():
                     found.setdefault(loader, []).append(indices)
-    return {loader: _gaps(found[loader], length) for loader, length in enumerate(lengths)}
+    return {loader: _gaps(found.get(loader, []), length) for loader, length in known.items()}
 
 
 def _gaps(parts: list[NDArray[np.int64]], length: int) -> list[tuple[int, int]]:

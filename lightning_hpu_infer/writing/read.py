@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from lightning_hpu_infer.writing import check_columns
 from lightning_hpu_infer.writing.columns import INDEX, LOADER
 from lightning_hpu_infer.writing.manifest import Manifest, all_manifests
 from lightning_hpu_infer.writing.schemas import conformed, united
@@ -36,6 +37,7 @@ def read_predictions(path: str | os.PathLike[str], columns: Sequence[str] | None
 
     Raises:
         FileNotFoundError: If there are no predictions, or a file of theirs is lost.
+        TypeError: If `columns` is a string.
         ValueError: If there is no such column, or files do not go together.
     """
     source = _Source(storage_at(path), columns)
@@ -61,6 +63,7 @@ def iter_predictions(
 
     Raises:
         FileNotFoundError: If there are no predictions, or a file of theirs is lost.
+        TypeError: If `columns` is a string.
         ValueError: If there is no such column, or files do not go together.
     """
     if rows < 1:
@@ -90,6 +93,7 @@ class _Source:
     """The row groups of a folder, and their rows in the order of the dataset."""
 
     def __init__(self, storage: Storage, columns: Sequence[str] | None) -> None:
+        check_columns(columns)
         self._storage = storage
         manifests = manifests_at(storage)
         schema = united(manifest.schema for manifest in manifests) or pa.schema(

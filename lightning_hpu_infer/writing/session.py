@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from lightning_hpu_infer.nested import size_of
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.samples import Done, has_indices
+from lightning_hpu_infer.samples import Done, has_indices, positions_of
 from lightning_hpu_infer.transfer import host_copy
 from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.columns import Columns
@@ -122,7 +124,7 @@ class Session:
         where = f"batch {batch_idx} of dataloader {loader}"
         stretch = None
         if has_indices(self._loaders[loader]):
-            index = np.asarray(indices, np.int64)
+            index = positions_of(indices or (), where)
         else:
             stretch = self._stretch(prediction, batch, batch_idx, loader, where)
             index = np.arange(stretch[0], stretch[1], dtype=np.int64) * self._world + self._rank
@@ -196,10 +198,11 @@ def _isin_sorted(values: Indices, found: Indices) -> Any:
 
 
 def _part(batch: Any, name: str, where: str) -> Any:
-    try:
+    with suppress(KeyError, TypeError, IndexError):
         return batch[name]
-    except (KeyError, TypeError, IndexError):
-        if hasattr(batch, name):
-            return getattr(batch, name)
-        shown = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else f"it is of type {type(batch).__name__}"
-        raise ValueError(f"{where}: `id_key` is {name!r}, which the batch does not have: {shown}.") from None
+    # Of collections these are methods.
+    found = None if isinstance(batch, Tensor | list) or type(batch) is tuple else getattr(batch, name, None)
+    if found is not None and not callable(found):
+        return found
+    shown = ", ".join(map(repr, batch)) if isinstance(batch, Mapping) else f"it is of type {type(batch).__name__}"
+    raise ValueError(f"{where}: `id_key` is {name!r}, which the batch does not have: {shown}.")

@@ -3,8 +3,8 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,20 +22,33 @@ class Sink:
     """A file that is being written, which nobody sees before it is published. pyarrow writes into it.
 
     Its checksum is computed on the way.
+
+    Args:
+        raw: What takes the bytes.
+        publish: Closes the file, and gives it its name.
+        discard: Closes the file, and removes it.
+        path: What errors of a disk name, which do not name it themselves.
     """
 
     closed = False
     """pyarrow asks. It is closed by `publish` and `discard` alone."""
 
-    def __init__(self, raw: _Raw, publish: Callable[[], None], discard: Callable[[], None]) -> None:
+    def __init__(
+        self, raw: _Raw, publish: Callable[[], None], discard: Callable[[], None], path: Path | None = None
+    ) -> None:
         self._raw = raw
+        self._publish = publish
+        self._path = path
         self._discard = discard
         self._discarded = False
         self._hash = hashlib.sha256()
         self.size = 0
         """Bytes written."""
-        self.publish = publish
+
+    def publish(self) -> None:
         """Close the file, and give it its name."""
+        with _naming(self._path):
+            self._publish()
 
     def discard(self) -> None:
         """Close the file and remove it. What is written from now on is dropped."""
@@ -54,9 +67,10 @@ class Sink:
             return len(view)
         self._hash.update(view)
         written = 0
-        while written < len(view):  # An unbuffered file may take less than all.
-            taken = self._raw.write(view[written:])
-            written += len(view) - written if taken is None else taken
+        with _naming(self._path):
+            while written < len(view):  # An unbuffered file may take less than all.
+                taken = self._raw.write(view[written:])
+                written += len(view) - written if taken is None else taken
         self.size += written
         return written
 
@@ -81,6 +95,17 @@ class Sink:
     def seekable(self) -> bool:
         """No."""
         return False
+
+
+@contextmanager
+def _naming(path: Path | None) -> Iterator[None]:
+    """Let errors name the file: a full disk, for one, is told without it."""
+    try:
+        yield
+    except OSError as error:
+        if path is not None and error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 class Storage:
@@ -197,7 +222,7 @@ class LocalStorage(Storage):
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
 
-        return Sink(file, publish, discard)
+        return Sink(file, publish, discard, final)
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""

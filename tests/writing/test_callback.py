@@ -3,16 +3,19 @@
 import logging
 import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter, TQDMProgressBar
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     SequentialSampler,
     WeightedRandomSampler,
 )
@@ -127,6 +130,51 @@ def test_samples_that_come_several_times_cannot_be_left_out(tmp_path: Path) -> N
         predict(tmp_path, Scores(), loader())
 
 
+class Named(Dataset[dict[str, Any]]):
+    """Samples that are looked up by whatever has a place in the name."""
+
+    def __init__(self, names: list[Any]) -> None:
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: Any) -> dict[str, Any]:
+        return Numbers()[self.names.index(name)]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["a", "b", "c"], "'a'"),
+        ([(0, 1), (0, 2), (1, 0)], r"\(0, 1\)"),
+        ([0.0, 0.5, 1.0], "0.0"),
+        ([2**70] * 3, "1180"),
+    ],
+    ids=["strings", "tuples", "fractions", "large"],
+)
+def test_samples_without_a_position_are_refused(tmp_path: Path, names: list[Any], shown: str) -> None:
+    loader = DataLoader(Named(names), 2, sampler=names)
+    trainer("cpu").predict(Scores(), loader)
+    words = rf"batch 0 of dataloader 0: its sampler yields {shown}.*`PredictionWriter`.* yield integers"
+    with pytest.raises(MisconfigurationException, match=words):
+        predict(tmp_path, Scores(), loader)
+    stop(tmp_path / "some", DataLoader(Numbers(3), 1), 1)
+    with pytest.raises(MisconfigurationException, match=f"Dataloader 0: its sampler yields {shown}"):
+        predict(tmp_path / "some", Scores(), loader)
+
+
+def test_positions_may_be_tensors(tmp_path: Path) -> None:
+    def loader(*places: int) -> DataLoader[Any]:
+        return DataLoader(Numbers(), 4, sampler=torch.tensor(places))
+
+    stop(tmp_path, loader(*reversed(range(COUNT))), 2)
+    predict(tmp_path, Scores(), loader(*range(COUNT)))
+    assert written(tmp_path) == expected(DataLoader(Numbers(), 4))
+    with pytest.raises(MisconfigurationException, match="3 samples, 2 different ones"):
+        predict(tmp_path, Scores(), loader(1, 2, 1))
+
+
 # Beside others
 
 
@@ -159,6 +207,34 @@ def test_ids_of_the_batch_become_a_column(tmp_path: Path) -> None:
     assert table["id"].to_pylist() == [f"sample {i}" for i in range(COUNT)]
     with pytest.raises(ValueError, match="`id_key` is 'key', which the batch does not have: 'row', 'name'"):
         predict(tmp_path, Scores(), DataLoader(Numbers(), 4), writer=PredictionWriter(tmp_path / "x", id_key="key"))
+
+
+@dataclass
+class Sized:
+    index: Any
+    row: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("batch", "key", "found"),
+    [
+        ({"index": [1, 2]}, "index", [1, 2]),
+        (Sized([1, 2], torch.ones(2)), "index", [1, 2]),
+        (torch.ones(2, 3), "index", None),  # which tensors, lists and tuples have as a method
+        (torch.ones(2, 3), "T", None),
+        ([torch.ones(2), torch.ones(2)], "index", None),
+        ((torch.ones(2), torch.ones(2)), "count", None),
+        (Sized([1, 2], torch.ones(2)), "__eq__", None),
+        ({"items": [1, 2]}, "items", [1, 2]),
+        ({"row": [1, 2]}, "items", None),
+    ],
+)
+def test_an_id_is_a_part_of_the_batch_and_no_method(batch: Any, key: str, found: Any) -> None:
+    if found is not None:
+        assert session._part(batch, key, "batch 0") == found
+        return
+    with pytest.raises(ValueError, match=f"batch 0: `id_key` is '{key}', which the batch does not have"):
+        session._part(batch, key, "batch 0")
 
 
 def best(output: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,6 +357,17 @@ def test_rule_1_without_our_writer_lightning_remembers_the_indices_of_all_batche
     ("options", "message"),
     [
         ({"columns": "scores"}, "Pass a list of names"),
+        ({"columns": []}, "`columns` is empty"),
+        ({"columns": {}}, "`columns` is empty"),
+        ({"compression": "zsdt"}, "`compression` must be one of 'zstd', .*'none', got 'zsdt'"),
+        ({"compression": "lzo"}, "`compression` must be one of"),
+        ({"compression": "bz2"}, "`compression` must be one of"),
+        ({"compression": None}, "`compression` must be one of .* got None"),
+        ({"rows_per_file": "10"}, "`rows_per_file` must be an integer, got '10'"),
+        ({"rows_per_file": 2.5}, "`rows_per_file` must be an integer, got 2.5"),
+        ({"rows_per_file": True}, "`rows_per_file` must be an integer, got True"),
+        ({"seconds_per_file": None}, "`seconds_per_file` must be a number, got None"),
+        ({"seconds_per_file": float("nan")}, "`seconds_per_file` must be positive, got nan"),
         ({"rows_per_file": 0}, "`rows_per_file` must be positive, got 0"),
         ({"queue_bytes": -1}, "`queue_bytes` must be positive, got -1"),
     ],

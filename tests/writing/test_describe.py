@@ -31,6 +31,11 @@ def test_what_is_missing(tmp_path: Path) -> None:
     assert "missing of dataloader 0: 0-2, 10-19, 21, 39 (15 samples)" in str(found)
 
 
+def test_what_is_missing_beside_a_stream(tmp_path: Path) -> None:
+    run(tmp_path, range(3, 10), fingerprint={"dataset lengths": [12, None, 2]})
+    assert describe(tmp_path).missing == {0: [(0, 3), (10, 12)], 2: [(0, 2)]}
+
+
 def test_a_rank_that_never_came(tmp_path: Path) -> None:
     run(tmp_path, range(0, 40, 2), 0, 2, fingerprint=LENGTHS)
     found = describe(tmp_path)

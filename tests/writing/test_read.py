@@ -48,6 +48,11 @@ def test_columns_are_chosen(tmp_path: Path) -> None:
     assert read_predictions(str(tmp_path), ["text"])["text"].to_pylist() == predictions(range(4))["text"]
     with pytest.raises(ValueError, match=r"no column 'logits'. It has 'index', 'dataloader_idx', 'value'"):
         read_predictions(tmp_path, ["logits"])
+    for read_all in (read_predictions, iter_predictions):
+        with pytest.raises(TypeError, match=r"is the string 'value'. Pass a list of names: \['value'\]"):
+            read_all(tmp_path, "value")
+        with pytest.raises(ValueError, match="`columns` is empty"):
+            read_all(tmp_path, [])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 1000])

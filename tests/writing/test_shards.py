@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyarrow import parquet
 from lightning_hpu_infer.writing import shards as module
 from lightning_hpu_infer.writing import storage
 from lightning_hpu_infer.writing.columns import Columns
-from lightning_hpu_infer.writing.manifest import Manifest, all_manifests
+from lightning_hpu_infer.writing.manifest import MANIFEST, Manifest, all_manifests
 from lightning_hpu_infer.writing.shards import Shards
 from lightning_hpu_infer.writing.storage import LocalStorage
 from tests.writing.runs import batches_of, in_files, names, opened, predictions, write_batches
@@ -134,7 +135,8 @@ def test_a_full_disk_leaves_what_was_committed(
     columns = Columns()
     write_batches(shards, columns, batches_of(range(16)))
     disk["room"] = room
-    with pytest.raises(OSError, match="No space left"):
+    place = rf"{tmp_path}/rank-00000/(part-\d+.parquet|{MANIFEST})"
+    with pytest.raises(OSError, match=f"No space left on device: '{place}'"):
         write_batches(shards, columns, batches_of(range(16, 400)))
     listed = sum(file.rows for file in all_manifests(LocalStorage(tmp_path))[0].files)
     assert listed >= 16
@@ -143,6 +145,20 @@ def test_a_full_disk_leaves_what_was_committed(
     disk["room"] = 10**9
     left = opened(tmp_path, fingerprint={}).done[0].tolist()
     assert left == in_files(tmp_path) == list(range(listed))
+
+
+def test_what_fails_at_the_last_commit_is_named(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Shards(LocalStorage(tmp_path), manifest)
+    write_batches(shards, Columns(), batches_of(range(8)))
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/rank-00000/part-00000.parquet'"):
+        shards.close(complete=True)
 
 
 def test_predictions_are_as_they_were(tmp_path: Path, manifest: Manifest) -> None:
