@@ -103,10 +103,19 @@ class Columns:
             raise UnfitError(f"`columns` gives one name to several columns: {names}.")
         return {new: array_of(parts.get(old), rows, new) for old, new in names.items()}, each
 
+    def _known(self, arrays: dict[str, pa.Array]) -> pa.Schema:
+        """The schema so far. If all predictions were None, this batch says which columns they have."""
+        fields = list(self._schema or ())
+        others = [field for field in fields if field.name not in (INDEX, LOADER, ID)]
+        if [(field.name, field.type) for field in others] == [(PREDICTION, pa.null())] and PREDICTION not in arrays:
+            fields.remove(others[0])
+        elif self._schema is not None:
+            return self._schema
+        names = {field.name for field in fields}
+        return pa.schema([*fields, *((name, array.type) for name, array in arrays.items() if name not in names)])
+
     def _fitted(self, arrays: dict[str, pa.Array], each: bool) -> pa.RecordBatch:
-        known = self._schema
-        if known is None or (_has_no_values(known) and PREDICTION not in arrays):
-            known = pa.schema([(name, array.type) for name, array in arrays.items()])
+        known = self._known(arrays)
         if each:
             arrays = {name: pa.nulls(len(arrays[INDEX])) for name in known.names if name != ID} | arrays
         if set(known.names) != set(arrays):
@@ -122,12 +131,6 @@ class Columns:
             self._schema = pa.schema([(name, kind) for name, _, kind in types])
         fitted = [conform(arrays[field.name], field.type) for field in self._schema]
         return pa.RecordBatch.from_arrays(fitted, schema=self._schema)
-
-
-def _has_no_values(schema: pa.Schema) -> bool:
-    """Whether all predictions were None so far, so that their columns are not known."""
-    columns = [field for field in schema if field.name not in (INDEX, LOADER, ID)]
-    return all(field.name == PREDICTION and pa.types.is_null(field.type) for field in columns)
 
 
 def _parts(prediction: Any, rows: int) -> tuple[dict[str, Any], bool]:

@@ -340,6 +340,32 @@ def test_a_key_that_comes_later_is_an_error() -> None:
         columns.batch([{"a": 1, "b": 1}, {}], 2, range(2), 0)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"id": [1]}, {"id": ["x"]}),
+        ({"id": [1]}, {"id": [2], "b": [2]}),
+        ({"a": None}, {"b": [1]}),
+        ({"prediction": None, "a": [1]}, {"a": [1]}),
+    ],
+)
+def test_only_after_none_alone_are_there_other_columns(first: Any, second: Any) -> None:
+    columns = Columns()
+    columns.batch(first, 1, [0], 0)
+    with pytest.raises(ValueError, match=r"They have the columns|is of type"):
+        columns.batch(second, 1, [1], 0)
+
+
+def test_the_id_keeps_its_type_when_columns_come() -> None:
+    columns = Columns()
+    columns.batch(None, 1, [0], 0, ids=["x"])
+    with pytest.raises(ValueError, match="'id' is of type int64, and was string"):
+        columns.batch({"a": [1]}, 1, [1], 0, ids=[1])
+    with pytest.raises(ValueError, match="those before had 'index', 'dataloader_idx', 'id'"):
+        columns.batch({"a": [1]}, 1, [1], 0)
+    assert columns.batch({"a": [1]}, 1, [1], 0, ids=["y"]).schema.names == ["index", "dataloader_idx", "id", "a"]
+
+
 def test_an_id_is_not_left_out() -> None:
     columns = Columns()
     columns.batch([{"a": 1}], 1, [0], 0, ids=["x"])
