@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_hpu_infer.config import InferenceConfig
+from lightning_hpu_infer.lengths.evidence import Evidence
 from lightning_hpu_infer.lengths.optimal import best_buckets, bucket_of
 from lightning_hpu_infer.lengths.pad import PadSpec
 from lightning_hpu_infer.links import explained
@@ -36,6 +37,9 @@ class Buckets:
     def __init__(self, config: InferenceConfig) -> None:
         assert isinstance(config.pad_spec, PadSpec)
         self.spec: PadSpec = config.pad_spec
+        # What nobody has said has to be seen.
+        self._is_guess = config.lengths == "auto" and config.pad_spec == PadSpec.tokenizer()
+        self._evidence: Evidence | None = Evidence() if self._is_guess else None
         self._config = config
         self.chosen: list[int] | None = None
         """The buckets, ascending; None while "auto" still observes."""
@@ -57,6 +61,7 @@ class Buckets:
         """
         self.real = self.padded = 0
         self._grouped, self._expected = bool(expected), None
+        self._evidence = Evidence() if self._is_guess else None
         if self.chosen is None and self._seen:
             self._choose(self._seen)
         elif self.chosen is None and expected:
@@ -66,7 +71,8 @@ class Buckets:
         """The batch, padded. For any thread, and host tensors.
 
         Raises:
-            ValueError: If the batch lacks what `pad_spec` names, or its tensors differ in length.
+            ValueError: If the batch lacks what `pad_spec` names, its tensors differ in length, or nobody has said what
+                is padded and it cannot be seen.
         """
         length = self.spec.length_of(batch)
         expected, self._expected = self._expected, None
@@ -77,13 +83,22 @@ class Buckets:
             # In order of length, the first batches tell nothing of the others.
             if len(self._seen) > OBSERVED_BATCHES and not self._grouped:
                 self._choose(self._seen)
-        lengths = Lengths(length, self._bucket_of(length))
+        bucket = self._bucket_of(length)
+        if self._evidence is not None:
+            bucket = self._evidence.length_for(batch, length, bucket)
+        lengths = Lengths(length, bucket)
         self.real += lengths.real
         self.padded += lengths.padded
         return self.spec.pad(batch, lengths.padded), lengths
 
     def cut(self, output: Any, lengths: Lengths | None) -> Any:
-        """An output as it would be of the batch before padding. On any device; None is a batch that was not padded."""
+        """An output as it would be of the batch before padding. On any device; None is a batch that was not padded.
+
+        Raises:
+            ValueError: If the padding cannot be cut from it.
+        """
+        if lengths is not None and self._evidence is not None:
+            self._evidence.check(output, *lengths)
         if lengths is None or lengths.real == lengths.padded:
             return output
         return self.spec.cut(output, lengths.real, lengths.padded)
@@ -113,7 +128,7 @@ class NoBuckets(Buckets):
     pads = False
 
     def __init__(self) -> None:
-        self.chosen = None
+        self.chosen = self._evidence = None
         self.real = self.padded = 0
 
     def start(self, expected: list[int]) -> None:

@@ -104,7 +104,7 @@ class Reordered:
             raise MisconfigurationException(
                 "`group_by_length` needs a DataLoader of a map-style dataset with a `batch_size`, got"
                 f" {type(loader).__name__} with {type(batches or sampler).__name__}. Let DataLoader make the batches,"
-                " or pass `group_by_length=None`."
+                f" {OFF}."
             )
         size = batches.batch_size
         # With a limit, the samples are those that stock Lightning would predict.
@@ -140,7 +140,7 @@ class Reordered:
             raise ValueError(
                 f"The run ended after {self._count} of {len(self._batches)} batches, as a step or hook that raises"
                 " `StopIteration` makes it end, and was in order of length: what was predicted is not the beginning of"
-                " the dataset. Predict all of them (fewer: `limit_predict_batches`), or pass `group_by_length=None`."
+                f" the dataset. Predict all of them (fewer: `limit_predict_batches`), {OFF}."
             )
         return self._restorer.batches()
 

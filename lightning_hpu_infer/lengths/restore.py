@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_hpu_infer.nested import parts_of, with_parts
 
-OFF = "or pass `group_by_length=None`"
+OFF = "or pass `group_by_length=None`, and no `lengths`"
 """The way out that messages name."""
 
 
