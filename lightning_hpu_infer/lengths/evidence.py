@@ -72,15 +72,14 @@ class Evidence:
                 f" shape, got {_shown(ids)} and {_shown(mask)}. Say with a `pad_spec` what is padded, or leave out"
                 " `lengths`."
             )
-        if not mask.numel():
-            return
-        if not bool(mask[:, 0].all()):
+        mask = mask[mask.any(1)]  # of an empty text nothing shows
+        if not bool(mask[:, :1].all()):
             raise ValueError(
                 "`lengths='auto'` pads on the right, and the attention mask of a batch begins with 0: it is padded on"
                 " the left. If more padding there does not change what the model computes, pass"
                 " `pad_spec=PadSpec.tokenizer(side='left')`; else leave out `lengths`."
             )
-        self._pads_right = self._pads_right or not bool(mask[:, -1].all())
+        self._pads_right = self._pads_right or not bool(mask[:, -1:].all())
 
 
 def _sizes(data: Any) -> dict[_Place, int]:

@@ -129,6 +129,14 @@ def test_an_output_that_grows_with_the_padding_is_refused(kind: str, lengths: li
         assert all(map(predicted, lengths))
 
 
+def test_empty_texts_show_nothing() -> None:
+    buckets = Buckets(InferenceConfig(lengths="auto"))
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    assert buckets.pad({"input_ids": empty, "attention_mask": empty})[1] == (0, 0)
+    batch = padded([{"input_ids": torch.ones(n, dtype=torch.long)} for n in (5, 0, 5)])
+    assert buckets.pad(batch)[1] == (5, 5)
+
+
 def test_a_spec_says_what_is_cut() -> None:
     named = PadSpec.tokenizer(labels=1)
     buckets = Buckets(InferenceConfig(lengths="auto", pad_spec=named))
