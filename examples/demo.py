@@ -153,8 +153,8 @@ def equal(found: list[list[str]], expected: list[list[str]]) -> None:
     assert found == expected
 
 
-def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
-    """Prints how fast each arm was and how busy the device, and writes pictures of both ends."""
+def tagging(sentences: list[str]) -> tuple[Tagger, DataLoader[Any], Callable[[dict[str, Tensor]], list[str]]]:
+    """A model, its data in batches of 8, and what makes words of its outputs."""
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
 
     def tokenise(texts: list[str]) -> dict[str, Tensor]:
@@ -167,8 +167,12 @@ def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
         rows = zip(tokens, output["tags"].tolist(), strict=True)
         return [" ".join(f"{word}/{tags[0]}{tags[1]}" for word, tags in zip(*row, strict=True)) for row in rows]
 
-    model = Tagger(len(tokenizer))
-    loader = DataLoader[Any](sentences * 2, 8, collate_fn=tokenise)  # type: ignore[arg-type]
+    return Tagger(len(tokenizer)), DataLoader[Any](sentences, 8, collate_fn=tokenise), decode  # type: ignore[arg-type]
+
+
+def tag_on_emulator(sentences: list[str], rounds: int, folder: Path) -> None:
+    """Prints how fast each arm was and how busy the device, and writes pictures of both ends."""
+    model, loader, decode = tagging(sentences * 2)
     graphs = {"hpu_graphs": "hpu_graph"}  # by name: a short run would not trace
     flags: dict[str, dict[str, Any]] = {
         "stock order": OFF,
