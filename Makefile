@@ -56,7 +56,7 @@ docs: $(STAMP)
 
 # Needs no network: names of other projects come from docs/inventories.
 site: $(STAMP)
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d build/site/doctrees . build/site/html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/site/doctrees . build/site/html
 	$(BIN)/python docs/check_links.py build/site/html
 
 options: $(STAMP)

@@ -25,11 +25,13 @@ class FromSources(SphinxDirective):
 
 
 class Gallery(FromSources):
-    """Every example with the first paragraph of its docstring and its source."""
+    """Every example with the first paragraph of its docstring, its source, and what it printed (`make_gallery.py`)."""
 
     def markdown(self) -> list[str]:
         lines: list[str] = []
         for path in sorted((ROOT / "examples").glob("*.py")):
+            if path.stem == "compare":  # what they share
+                continue
             self.env.note_dependency(str(path))
             docstring = ast.get_docstring(ast.parse(path.read_text())) or path.stem
             title = path.stem.replace("_", " ").capitalize()
@@ -37,6 +39,10 @@ class Gallery(FromSources):
             lines += [f"[`examples/{path.name}`]({GITHUB}/examples/{path.name})", ""]
             usage = [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
             lines += ["```bash", *usage, "```", ""] if usage else []
+            output = ROOT / "docs" / "outputs" / f"{path.stem}.txt"
+            if output.exists():
+                self.env.note_dependency(str(output))
+                lines += ["It prints, on the emulated HPU:", "", "```text", output.read_text().rstrip(), "```", ""]
             lines += ["<details><summary>Source</summary>", ""]
             lines += [f"```{{literalinclude}} /examples/{path.name}", ":language: python", "```", "", "</details>", ""]
         return lines
