@@ -65,11 +65,11 @@ def test_the_page_about_overhead_has_the_figures_of_its_pictures() -> None:
         assert row in page
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "outputs").glob("*.txt")), ids=lambda path: path.stem)
-def test_what_the_gallery_shows_names_no_folder_of_a_machine(path: Path) -> None:
-    text = path.read_text()
-    assert "agree with stock Lightning's" in text or path.stem == "write_and_resume"
-    assert not re.search(r"/(tmp|root|home|work)/", text)
+def test_what_the_gallery_shows_names_no_folder_of_a_machine() -> None:
+    for path in (ROOT / "docs" / "outputs").glob("*.txt"):
+        text = path.read_text()
+        assert "agree with stock Lightning's" in text or path.stem == "write_and_resume"
+        assert not re.search(r"/(tmp|root|home|work)/", text), path
 
 
 def test_every_benchmark_is_on_the_page_about_performance() -> None:
