@@ -65,8 +65,8 @@ class HPUInferenceAccelerator(Accelerator):
         depth_memory: Bytes that the batches ahead, and the batches and outputs behind, may take where depths rise
             during a run.
         defer_hooks: Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches.
-            "auto" does so where all that there are can be late without a difference: those of prediction writers, of
-            Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
+            "auto" does so where all that there are may be late: those of prediction writers without other batch hooks,
+            of Lightning's callbacks and ours. False, and "auto" otherwise, run them right after the step with device
             tensors, as stock Lightning does, and delay only the stored predictions. Used when `pipelining`.
         postprocess: A function that is called with the output of each batch, with host tensors, such as one that
             decodes. What it returns takes the place of the prediction for end hooks, writers and the list of

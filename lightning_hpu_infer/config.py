@@ -107,9 +107,9 @@ class InferenceConfig:
 
     defer_hooks: bool | Literal["auto"] = "auto"
     """Run the end hooks of a batch when its output has arrived, with host tensors, beside later batches. "auto" does so
-    where all that there are can be late without a difference: those of prediction writers, of Lightning's callbacks and
-    ours. False, and "auto" otherwise, run them right after the step with device tensors, as stock Lightning does, and
-    delay only the stored predictions. Used when `pipelining`."""
+    where all that there are may be late: those of prediction writers without other batch hooks, of Lightning's
+    callbacks and ours. False, and "auto" otherwise, run them right after the step with device tensors, as stock
+    Lightning does, and delay only the stored predictions. Used when `pipelining`."""
 
     # Post-processing
 
