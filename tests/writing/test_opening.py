@@ -242,8 +242,8 @@ def test_ranks_that_open_at_once_agree(tmp_path: Path, overwrite: bool) -> None:
         assert {loader: indices.tolist() for loader, indices in found[rank].done.items()} == expected
 
 
-@pytest.mark.parametrize("reason", ["lock", "fingerprint"])
-def test_if_one_rank_cannot_open_none_does(tmp_path: Path, reason: str) -> None:
+@pytest.mark.parametrize(("reason", "overwrite"), [("lock", False), ("lock", True), ("fingerprint", False)])
+def test_if_one_rank_cannot_open_none_does(tmp_path: Path, reason: str, overwrite: bool) -> None:
     for rank in range(2):
         run(tmp_path, range(rank, 8, 2), rank, 2)
     agree, errors = Agreement(2), dict[int, str]()
@@ -251,7 +251,7 @@ def test_if_one_rank_cannot_open_none_does(tmp_path: Path, reason: str) -> None:
     def open_as(rank: int) -> None:
         fingerprint = {"model": "b" if rank == 1 and reason == "fingerprint" else "a"}
         try:
-            open_path(tmp_path, rank, 2, fingerprint=fingerprint, agree=agree)
+            open_path(tmp_path, rank, 2, fingerprint=fingerprint, overwrite=overwrite, agree=agree)
         except Exception as error:
             errors[rank] = str(error)
 
