@@ -19,6 +19,7 @@ from tests.contract.models import MODELS
 from tests.helpers import predict
 
 embed = pytest.importorskip("examples.embed_sentences", exc_type=ImportError)  # sets environment variables
+demo = pytest.importorskip("examples.demo", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("emulated")
 
 FULL, SHORT = 6, 2
@@ -112,3 +113,13 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert all((tmp_path / name / "timeline.png").exists() for name in ("stock-order", "all-together"))
     arms = [line.split("│")[1].strip() for line in run.stdout.splitlines() if line.startswith("│")]
     assert arms[-5:] == ["stock order", "HPU graphs", "async copies", "pipelining", "all together"]
+
+
+@pytest.mark.parametrize("arguments", [["--sentences", "0"], ["--rounds", "0"], ["--rounds", "x"]])
+def test_wrong_numbers_are_an_error_of_the_demos_command_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["demo.py", *arguments])
+    with pytest.raises(SystemExit):
+        demo.main()
+    assert f"argument {arguments[0]}: " in capsys.readouterr().err
