@@ -40,8 +40,8 @@ class Gallery(FromSources):
             usage = [line.strip() for line in docstring.splitlines() if line.startswith("    ")]
             lines += ["```bash", *usage, "```", ""] if usage else []
             output = ROOT / "docs" / "outputs" / f"{path.stem}.txt"
+            self.env.note_dependency(str(output))
             if output.exists():
-                self.env.note_dependency(str(output))
                 lines += ["It prints, on the emulated HPU:", "", "```text", output.read_text().rstrip(), "```", ""]
             lines += ["<details><summary>Source</summary>", ""]
             lines += [f"```{{literalinclude}} /examples/{path.name}", ":language: python", "```", "", "</details>", ""]
