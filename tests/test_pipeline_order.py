@@ -54,7 +54,7 @@ class Converts(LightningModule):
 @pytest.mark.parametrize("kind", ["hook", "dataset"])
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"prefetch": 0, "in_flight": 3}, {"pipelining": "auto"}, {"postprocess": torch.clone}, {"pipelining": False}],
+    [{}, {"prefetch": 0, "in_flight": 3}, {"pipelining": "auto"}, {"postprocess": Tensor.clone}, {"pipelining": False}],
     ids=str,
 )
 def test_rule_1_a_batch_that_depends_on_earlier_steps_is_prepared_after_them(
