@@ -1,11 +1,11 @@
 """Serve embeddings of sentences over HTTP: requests are gathered for a few milliseconds, and run together.
 
-    python examples/serve.py --port 8000                    # on a Gaudi, or else on the CPU
-    python examples/serve.py --port 8000 --device emulator
+    python -m examples.serve --port 8000                    # on a Gaudi, or else on the CPU
+    python -m examples.serve --port 8000 --device emulator
     curl localhost:8000/embed -H 'content-type: application/json' -d '{"sentences": ["Hello there."]}'
 
 /health says whether it serves, /metrics has counters for Prometheus. SIGTERM ends it after the requests that it has
-begun. Needs the extra `[serve]`.
+begun. Needs the extras `[demo]` and `[serve]`.
 """
 
 import argparse

@@ -164,14 +164,12 @@ def test_wrong_input_is_an_error_of_the_command_line(
 
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "compare")
-ELSEWHERE = {"serve"}
-"""Examples whose command line is that of a program of its own."""
 
 
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - ELSEWHERE))
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_usage_names_the_one_form_in_which_each_example_is_started(name: str) -> None:
     usage = (ROOT / "examples" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
-    commands = [line for line in usage.splitlines() if line.startswith("    ") and "pip install" not in line]
+    commands = [line for line in usage.splitlines() if line.startswith("    python")]
     assert commands
     assert [line for line in commands if f"python -m examples.{name}" not in line] == []
 
