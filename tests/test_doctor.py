@@ -236,7 +236,7 @@ def test_on_the_cpu_the_exit_code_is_1(capsys: pytest.CaptureFixture[str]) -> No
         (None, "lazy", "captures HPU graphs"),
         pytest.param("1", "lazy", "captures HPU graphs", marks=pytest.mark.full),
         ("0", "eager", "is in eager mode"),
-        ("banana", "lazy", "PT_HPU_LAZY_MODE=banana is neither 0 nor 1"),
+        pytest.param("banana", "lazy", "PT_HPU_LAZY_MODE=banana is neither 0 nor 1", marks=pytest.mark.full),
     ],
 )
 def test_the_emulator_of_the_environment_has_the_mode_of_the_environment(

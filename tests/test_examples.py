@@ -128,6 +128,7 @@ def test_an_example_that_is_too_short_for_graphs_says_so(run: Run, device: str) 
     assert said == (device == "emulator")
 
 
+@seldom
 def test_speaker_embeddings(run: Run, device: str) -> None:
     printed = run("speaker_embeddings", "--clips", "8", "--batch-size", "4")
     assert AGREE in printed

@@ -138,7 +138,11 @@ def rounded(data: Any) -> Any:
 
 
 @RUNS_PLAINLY
-@pytest.mark.parametrize("flags", [{}, {"postprocess_workers": 0}, {"pipelining": False}], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"postprocess_workers": 0}, pytest.param({"pipelining": False}, marks=pytest.mark.full)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", REFILLED)
 def test_rule_7_postprocess_gets_memory_that_no_later_step_fills(kind: str, flags: dict[str, Any]) -> None:
     accelerator = HPUInferenceAccelerator(postprocess=REFILLED[kind][2], **flags)
@@ -159,7 +163,7 @@ def test_rule_7_writers_get_memory_that_no_later_step_fills(kind: str) -> None:
 
 
 @RUNS_PLAINLY
-@pytest.mark.parametrize("in_flight", [None, 2])
+@pytest.mark.parametrize("in_flight", [pytest.param(None, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("kind", REFILLED)
 def test_rule_7_a_pipeline_gives_memory_that_no_later_batch_fills(kind: str, in_flight: int | None) -> None:
     module = Refills(kind).eval()

@@ -132,7 +132,7 @@ def flags(draw: random.Random) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "seed",
     [
-        0,
+        pytest.param(0, marks=pytest.mark.full),
         pytest.param(1, marks=pytest.mark.full),
         pytest.param(2, marks=pytest.mark.full),
         pytest.param(3, marks=pytest.mark.full),

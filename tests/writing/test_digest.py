@@ -185,6 +185,7 @@ print(code_of(partial(names["f"], {"g", "h", "i"}, print, object(), key=object))
 """
 
 
+@pytest.mark.usefixtures("path_without_vision")
 def test_it_is_the_same_in_every_process(capsys: pytest.CaptureFixture[str]) -> None:
     exec(SCRIPT, {})
     here = capsys.readouterr().out
