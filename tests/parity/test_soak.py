@@ -129,15 +129,8 @@ def flags(draw: random.Random) -> dict[str, Any]:
     "ignore:A part of .* runs without",
     "ignore:The network .* runs without graphs",
 )
-@pytest.mark.parametrize(
-    "seed",
-    [
-        pytest.param(0, marks=pytest.mark.full),
-        pytest.param(1, marks=pytest.mark.full),
-        pytest.param(2, marks=pytest.mark.full),
-        pytest.param(3, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(4))
 def test_rule_11_after_random_faults_nothing_is_left_and_the_next_run_is_right(seed: int, emulated: None) -> None:
     draw = random.Random(seed)
     expected = predict("cpu", Net(), rows(20, 2))
