@@ -35,7 +35,7 @@ class HeldByCallback(Callback):
         self.held = {"data": held[0]}
 
 
-class OfModule(Net):
+class PartOfModule(Net):
     """A module with attributes."""
 
     def __init__(self, **held: Any) -> None:
@@ -66,7 +66,7 @@ class Steered(SequentialSampler):
     next = 0
 
 
-ROWS, NET, MORE = Rows(4), OfModule(), OfModule()
+ROWS, NET, MORE = Rows(4), PartOfModule(), PartOfModule()
 COLLATE, STEERED = Collate(), Steered(ROWS)
 MEAN: Any = [0.5, 0.4]
 
@@ -111,14 +111,14 @@ AFTER, DATA = After(), DataOf()
 DATA.trainer = trainer("cpu")
 Case = tuple[Callable[[], Any], Callable[[], Any]]
 AGAINST: dict[str, Case] = {
-    "the module holds it": (lambda: DataLoader(ROWS), lambda: OfModule(data=ROWS)),
-    "a network of the module holds it": (lambda: DataLoader(ROWS), lambda: nn.Sequential(OfModule(data=ROWS))),
+    "the module holds it": (lambda: DataLoader(ROWS), lambda: PartOfModule(data=ROWS)),
+    "a network of the module holds it": (lambda: DataLoader(ROWS), lambda: nn.Sequential(PartOfModule(data=ROWS))),
     "a callback holds it": (lambda: DataLoader(ROWS), lambda: HeldByCallback(ROWS)),
     "a callback's function holds it": (lambda: DataLoader(ROWS), lambda: ends_with(ROWS)),
-    "the module holds its dataloader": (lambda: DataLoader(ROWS), lambda: OfModule(loader=DataLoader(ROWS))),
-    "in a list": (lambda: DataLoader(ROWS), lambda: OfModule(data=[ROWS])),
-    "a part of it": (lambda: DataLoader(ConcatDataset([Subset(ROWS, [0]), Rows(2)])), lambda: OfModule(data=ROWS)),
-    "a loader that is none of torch's": (lambda: ROWS, lambda: OfModule(data=ROWS)),
+    "the module holds its dataloader": (lambda: DataLoader(ROWS), lambda: PartOfModule(loader=DataLoader(ROWS))),
+    "in a list": (lambda: DataLoader(ROWS), lambda: PartOfModule(data=[ROWS])),
+    "a part of it": (lambda: DataLoader(ConcatDataset([Subset(ROWS, [0]), Rows(2)])), lambda: PartOfModule(data=ROWS)),
+    "a loader that is none of torch's": (lambda: ROWS, lambda: PartOfModule(data=ROWS)),
     "it holds the module": (lambda: DataLoader(Holder(NET)), lambda: NET),
     "it holds a network of the module": (lambda: DataLoader(Holder([NET.net[0]])), lambda: NET),
     "its transform holds the module": (lambda: DataLoader(Holder(Collate(NET))), lambda: NET),
@@ -126,13 +126,16 @@ AGAINST: dict[str, Case] = {
     "collate is a method of the module": (lambda: DataLoader(ROWS, collate_fn=NET.collate), lambda: NET),
     "collate has closed over the module": (lambda: DataLoader(ROWS, collate_fn=capturing(NET)), lambda: NET),
     "collate is called with the module": (lambda: DataLoader(ROWS, collate_fn=partial(print, NET)), lambda: NET),
-    "the module holds collate": (lambda: DataLoader(ROWS, collate_fn=COLLATE), lambda: OfModule(c=COLLATE)),
-    "and collate is a method": (lambda: DataLoader(ROWS, collate_fn=COLLATE.encode), lambda: OfModule(c=COLLATE)),
-    "the module holds the sampler": (lambda: DataLoader(ROWS, sampler=STEERED), lambda: OfModule(s=STEERED)),
-    "and there are workers": (lambda: DataLoader(ROWS, sampler=STEERED, num_workers=1), lambda: OfModule(s=STEERED)),
+    "the module holds collate": (lambda: DataLoader(ROWS, collate_fn=COLLATE), lambda: PartOfModule(c=COLLATE)),
+    "and collate is a method": (lambda: DataLoader(ROWS, collate_fn=COLLATE.encode), lambda: PartOfModule(c=COLLATE)),
+    "the module holds the sampler": (lambda: DataLoader(ROWS, sampler=STEERED), lambda: PartOfModule(s=STEERED)),
+    "and there are workers": (
+        lambda: DataLoader(ROWS, sampler=STEERED, num_workers=1),
+        lambda: PartOfModule(s=STEERED),
+    ),
     "a batch sampler": (
         lambda: DataLoader(ROWS, batch_sampler=BatchSampler(STEERED, 2, drop_last=False)),
-        lambda: OfModule(s=STEERED),
+        lambda: PartOfModule(s=STEERED),
     ),
     "a datamodule's early hook": (lambda: DataLoader(ROWS), Before),
     "a datamodule's collate and late hook": (lambda: DataLoader(ROWS, collate_fn=AFTER.collate), lambda: AFTER),
@@ -149,7 +152,7 @@ def test_what_is_known_against_it(case: str) -> None:
     assert reason_against([DataLoader(Rows(2)), loader()], [Net(), listener(), None])
 
 
-class Writes(OfModule):
+class Writes(PartOfModule):
     """Fills what it holds, as steps that keep something for later ones do."""
 
     state: Any
@@ -208,7 +211,7 @@ READ: dict[str, Any] = {
 }
 
 
-def sharing(value: Any, name: str, module: type[OfModule]) -> Iterator[str]:
+def sharing(value: Any, name: str, module: type[PartOfModule]) -> Iterator[str]:
     """Reasons, where a dataset, a collate function and a datamodule's share something with a module or a callback."""
     for listener in (module(**{name: value}), HeldByCallback([value])):
         yield reason_against([DataLoader(Holder(value))], [listener])
@@ -219,25 +222,25 @@ def sharing(value: Any, name: str, module: type[OfModule]) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", SHARED)
 def test_state_that_both_hold(kind: str) -> None:
-    reasons = list(sharing(SHARED[kind], "rows", OfModule))[:4]  # a callback's dictionary has settings
+    reasons = list(sharing(SHARED[kind], "rows", PartOfModule))[:4]  # a callback's dictionary has settings
     assert all(f"hold the same {type(SHARED[kind]).__name__}" in reason for reason in reasons), reasons
 
 
 @pytest.mark.parametrize("kind", WRITTEN)
 def test_an_object_that_both_hold_and_the_step_is_seen_to_change(kind: str) -> None:
     assert all(list(sharing(WRITTEN[kind], kind, Writes))[:4])
-    assert not any(sharing(WRITTEN[kind], kind, OfModule)) or kind == "own"
+    assert not any(sharing(WRITTEN[kind], kind, PartOfModule)) or kind == "own"
 
 
 @pytest.mark.parametrize("kind", READ)
 def test_what_both_hold_and_nobody_is_seen_to_change(kind: str) -> None:
-    assert not any(sharing(READ[kind], "held", OfModule))
+    assert not any(sharing(READ[kind], "held", PartOfModule))
     assert not any(sharing(READ[kind], "held", Writes))
 
 
 NOTHING: dict[str, Case] = {
-    "another dataset": (lambda: DataLoader(Rows(4)), lambda: OfModule(data=Rows(4))),
-    "worker processes": (lambda: DataLoader(ROWS, num_workers=1), lambda: OfModule(data=ROWS)),
+    "another dataset": (lambda: DataLoader(Rows(4)), lambda: PartOfModule(data=Rows(4))),
+    "worker processes": (lambda: DataLoader(ROWS, num_workers=1), lambda: PartOfModule(data=ROWS)),
     "a lock": (lambda: DataLoader(Holder(threading.Lock())), Net),
     "a list": (lambda: DataLoader([torch.ones(4)] * 100_000), Net),  # type: ignore[arg-type]
     "an iterator": (lambda: iter([torch.ones(4)]), Net),
@@ -245,7 +248,7 @@ NOTHING: dict[str, Case] = {
     "and changes batches on the device": (lambda: DataLoader(ROWS), lambda: After(ROWS)),
     "its collate function": (lambda: DataLoader(ROWS, collate_fn=DATA.collate), lambda: DATA),
     "one network for two modules": (lambda: DataLoader(Holder(MORE)), lambda: NET),
-    "a transform of a library": (lambda: DataLoader(Holder(csv.DictReader([], MEAN))), lambda: OfModule(mean=MEAN)),
+    "a transform of a library": (lambda: DataLoader(Holder(csv.DictReader([], MEAN))), lambda: PartOfModule(mean=MEAN)),
 }
 
 
