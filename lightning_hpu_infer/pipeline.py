@@ -302,7 +302,9 @@ class InferencePipeline:
         def apply(depths: Depths) -> None:
             engine.depth = depths.in_flight
 
-        tuner = watching.tuner = watching.last = DepthTuner(first, self.config.depth_memory, apply=apply)
+        tuner = watching.tuner = watching.last = DepthTuner(
+            first, self.config.depth_memory, apply=apply, content=_content
+        )
         try:
             yield lambda: prepared.set_depth(tuner.depths.prefetch)
         finally:
@@ -326,6 +328,11 @@ def _result(future: "Future[Any]") -> Any:
         if not future.cancelled():
             raise  # by the model
         raise RuntimeError(CLOSED) from None
+
+
+def _content(work: Any) -> Any:
+    """What of a submitted batch takes memory; nothing, of what says that there are no more."""
+    return getattr(work, "batch", None)
 
 
 def _awaited(place: int, future: "Future[Any]") -> tuple[int, Callable[[], Any]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from operator import ge
+from operator import attrgetter, ge
 from statistics import mean
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,6 +52,7 @@ class DepthTuner(Observer):
         depths: Where to start, and the least that is used. Where no thread prefetches (`prefetch` is 0), none will.
         budget: Bytes that the batches ahead, and the batches and outputs behind, may take at greater depths.
         apply: Called with the depths to run with, whenever they change.
+        content: What of a prepared batch takes memory.
         window: Batches that a measurement takes.
         clock: Seconds, for tests.
     """
@@ -62,6 +63,7 @@ class DepthTuner(Observer):
         budget: int,
         *,
         apply: Callable[[Depths], object] | None = None,
+        content: Callable[[Any], Any] = attrgetter("data"),
         window: int = 32,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -72,6 +74,7 @@ class DepthTuner(Observer):
         self._first = depths
         self._budget = budget
         self._apply = apply
+        self._content = content
         self._window = window
         self._clock = clock
         self._fetching = 0.0
@@ -96,7 +99,7 @@ class DepthTuner(Observer):
             began = self._clock()
             batch = function(*args)
             if batch is not None:
-                self.launched(waited=self._clock() - began, nbytes=size_of(batch))
+                self.launched(waited=self._clock() - began, nbytes=size_of(self._content(batch)))
             return batch
 
         return take
