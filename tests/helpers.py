@@ -1,10 +1,13 @@
 """Models, data and recorders that the tests share."""
 
+import importlib.util
 import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
 
 ALL_OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
+
+
+def script(path: Path) -> ModuleType:
+    """A script of the repository that lies in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Net(LightningModule):

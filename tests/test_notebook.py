@@ -1,6 +1,5 @@
 """The notebook runs from the first cell to the last, and shows a report and a picture."""
 
-import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
@@ -8,17 +7,14 @@ from types import ModuleType
 import nbformat
 import pytest
 
+from tests.helpers import script
+
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def make_notebook() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_notebook", ROOT / "docs" / "make_notebook.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "docs" / "make_notebook.py")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What contributors rely on: the map of the house, the names of make targets, versions, and docstrings of classes."""
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 import lightning_hpu_infer
+from tests.helpers import script
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_hpu_infer"
@@ -115,12 +115,7 @@ def test_the_citation_has_the_packages_version() -> None:
 
 @pytest.fixture(scope="module")
 def release_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_check", ROOT / ".ci" / "release_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / ".ci" / "release_check.py")
 
 
 def test_files_agree_on_the_version(release_check: ModuleType) -> None:

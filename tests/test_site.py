@@ -1,23 +1,19 @@
 """What builds the site: broken links are found, and every page has its place."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.helpers import script
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
 def check_links() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_links", DOCS / "check_links.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(DOCS / "check_links.py")
 
 
 def test_links_to_files_and_anchors_that_are_not_there_are_found(check_links: ModuleType, tmp_path: Path) -> None:

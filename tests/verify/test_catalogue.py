@@ -1,12 +1,12 @@
 """All checks are named, described, and found by their names."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from lightning_hpu_infer.verify.catalogue import assumptions, check_patterns, checks, is_chosen
 from lightning_hpu_infer.verify.check import MODES, Kind, Mode
+from tests.helpers import script
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +39,4 @@ def test_only_those_that_are_asked_for_run() -> None:
 def test_the_page_has_the_assumptions() -> None:
     """`make options` writes them."""
     page = ROOT / "docs" / "verify.md"
-    spec = importlib.util.spec_from_file_location("make_assumptions", page.with_name("make_assumptions.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.page(page.read_text()) == page.read_text()
+    assert script(page.with_name("make_assumptions.py")).page(page.read_text()) == page.read_text()
