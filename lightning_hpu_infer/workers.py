@@ -63,7 +63,7 @@ class Processes:
                 f" top level of a module, or {_THREADS}."
             ) from error
         self._new_pool = partial(ProcessPoolExecutor, workers, initializer=_begin, initargs=(job,))
-        self._contexts: WeakKeyDictionary[Future[Any], _Context] = WeakKeyDictionary()
+        self._pools: WeakKeyDictionary[Future[Any], tuple[ProcessPoolExecutor, _Context]] = WeakKeyDictionary()
         self._start()
 
     def _start(self) -> None:
@@ -85,16 +85,16 @@ class Processes:
             self._pool.shutdown()  # with its other processes
             self._start()
             call = self._pool.submit(_work, parcel, dtype)
-        self._contexts[call] = self._context
+        self._pools[call] = self._pool, self._context
         return call
 
     def cause(self, call: "Future[Any]") -> str:
         """Why a call failed, if that is none of the function: its process died. Empty otherwise."""
-        context = self._contexts.get(call)
-        if context is None or not isinstance(call.exception(), BrokenProcessPool):
+        if call not in self._pools or not isinstance(call.exception(), BrokenProcessPool):
             return ""
-        for process in context.processes:
-            process.join(1)  # the pool ends them all, in a thread that may be at it
+        pool, context = self._pools[call]
+        # A thread of the pool joins them all. Joining them here too could take the exit code away from it.
+        pool.shutdown()
         codes = {process.exitcode for process in context.processes} - {None, 0, -signal.SIGTERM}
         return (
             f"a worker process of `postprocess` died (exit codes {sorted(codes)}; minus 9 is often a lack of"  # type: ignore[type-var]

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,24 @@ def test_processes_in_order_without_the_device_with_errors_and_an_end(monkeypatc
     assert results[0].pid != results[7].pid == results[8].pid
     with pytest.raises(ProcessLookupError):
         os.kill(results[0].pid, 0)
+
+
+@pytest.mark.usefixtures("path_without_vision")
+def test_the_exit_code_is_known_while_the_pool_still_joins_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever of two threads reaps a process knows its code, a moment later than the other learns that it is gone."""
+    wait = os.waitpid
+
+    def waitpid(pid: int, flags: int) -> tuple[int, int]:
+        reaped = wait(pid, flags)
+        if threading.current_thread() is not threading.main_thread():
+            threading.Event().wait(0.3)
+        return reaped
+
+    with processes(look) as stage:
+        stage.submit("batch 0", "die", 0)
+        monkeypatch.setattr(os, "waitpid", waitpid)
+        with pytest.raises(RuntimeError, match=r"died \(exit codes \[-9\]"):
+            stage.take()
 
 
 def wait_without_end(output: Any) -> None:
