@@ -11,14 +11,16 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from lightning_hpu_infer.bytecode import names_in
 from lightning_hpu_infer.held import CONSTANT, Held, Reach, is_users, used_by
 from lightning_hpu_infer.nested import tensors_in
-from lightning_hpu_infer.shared import shared_state
+from lightning_hpu_infer.shared import Changes, assigned_variable, shared_state
 
 _BEFORE = "on_before_batch_transfer"
 _AFTER = ("transfer_batch_to_device", "on_after_batch_transfer")
 # What a dataloader has in its workers, and what is looked at by name.
 _OF_LOADERS = ("dataset", "collate_fn", "worker_init_fn", "sampler", "batch_sampler", "_iterator")
+_OF_TRAINERS = {"predict_dataloaders", "datamodule"}  # from which the dataset can be had
 # By their names, since they may never have been imported.
 _OF_ONE_THREAD = {
     ("sqlite3", "Connection"),
@@ -101,6 +103,22 @@ def _dependence(ahead: Reach, listeners: Sequence[object]) -> str:
             f"{_name(one.holder)} (`{one.name}`) and {_name(other.holder)} (`{other.name}`) hold the same"
             f" {_name(one.value)}, so that a batch may depend on the steps before it"
         )
+    if name := assigned_variable(ahead, behind):
+        return f"functions of yours assign to the variable `{name}`, so that a batch may depend on the steps before it"
+    return _dependence_through_the_trainer(ahead, behind)
+
+
+def _dependence_through_the_trainer(ahead: Reach, behind: Reach) -> str:
+    """How functions may change, or read changes of, what they find in the Trainer; empty if that is not seen."""
+    functions = behind.functions()
+    finding = {each for each in functions if not _OF_TRAINERS.isdisjoint(names_in(each.__code__))}
+    if not finding:
+        return ""
+    changes = Changes(finding | ahead.functions())
+    for held in ahead:
+        if not isinstance(held.value, CONSTANT) and changes.reach(held.value, {held.name or "dataset"}):
+            function = min(each.__qualname__ for each in finding)
+            return f"`{function}` finds {_name(held.value)} in the Trainer, so that a batch may depend on the steps"
     return ""
 
 

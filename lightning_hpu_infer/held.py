@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from types import BuiltinFunctionType, CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+
+from lightning_hpu_infer.bytecode import names_in, seen_in
 
 CONSTANT = (
     *(str, bytes, int, float, complex, tuple, frozenset, range, slice, type(None), np.generic, np.dtype),
@@ -43,14 +45,17 @@ class Held(NamedTuple):
     """The attribute, or variable, that it is under."""
     depth: int = 0
     in_settings: bool = False
-    """Whether it is an item of a dictionary or namespace, where options are."""
+    """Whether it is a global variable, or an item of a dictionary or namespace: there are options, and constants."""
+
+
+_Part = tuple[str, Any, bool]  # as in `Held`: its name, its value, and whether it is in settings
 
 
 class Reach:
     """The objects that can be had from some, nearest first, and no more than a bound.
 
-    Functions hold what they have closed over, methods and `partial` objects what they are called with. Classes, modules
-    of Python, and what Trainers hold are left out.
+    Functions hold what they have closed over and, if they are the user's, the global variables that they name; methods
+    and `partial` objects what they are called with. What Python's classes and modules hold, and Trainers, is left out.
 
     Args:
         roots: Where to begin, the most important first. They are their own holders.
@@ -61,7 +66,7 @@ class Reach:
     def __init__(self, roots: Iterable[Any], also: Iterable[Held] = (), beside: "Reach | None" = None) -> None:
         self.found: dict[int, Held] = {}
         """By the ids of the objects."""
-        self._closed: dict[type, list[tuple[str, Any]]] = {}
+        self._kinds = set[type]()  # whose functions were looked at
         rest = deque([*(Held(root, root, "") for root in roots), *also])
         while rest and len(self.found) < _OBJECTS:
             held = rest.popleft()
@@ -88,29 +93,33 @@ class Reach:
         if isinstance(value, dict):
             parts = list(islice(value.items(), _LOOKED_AT))
             return (Held(part, held.holder, str(key), depth, in_settings=True) for key, part in parts)
-        settings = isinstance(value, Namespace | SimpleNamespace)
-        return (Held(part, value, name, depth, settings) for name, part in self._attributes(value))
+        return (Held(part, value, name, depth, settings) for name, part, settings in self._parts(value))
 
-    def _attributes(self, value: Any) -> Iterator[tuple[str, Any]]:
+    def _parts(self, value: Any) -> Iterator[_Part]:
         if isinstance(value, FunctionType):
-            yield from _closed_over(value)
-            yield from ((value.__name__, part) for part in value.__defaults__ or ())
+            yield from _named_by(value)
+            yield from ((value.__name__, part, False) for part in value.__defaults__ or ())
         elif isinstance(value, MethodType):
-            yield from (("__self__", value.__self__), ("__func__", value.__func__))
+            yield from (("__self__", value.__self__, False), ("__func__", value.__func__, False))
+        elif isinstance(value, BuiltinFunctionType):
+            yield "__self__", value.__self__, False
         elif isinstance(value, partial):
-            yield from (("func", value.func), ("args", value.args), *value.keywords.items())
+            yield from (("func", value.func, False), ("args", value.args, False))
+            yield from ((name, part, False) for name, part in value.keywords.items())
         elif isinstance(value, GeneratorType):
-            yield from list(value.gi_frame.f_locals.items()) if value.gi_frame is not None else ()
+            variables = list(value.gi_frame.f_locals.items()) if value.gi_frame is not None else ()
+            yield from ((name, part, False) for name, part in variables)
         elif not isinstance(value, (*CONSTANT, Tensor)):
             kind = type(value)
             skipped: Iterable[str] = _HOOKS_OF_MODULES if isinstance(value, nn.Module) else ()
             if isinstance(value, Sampler) and not is_users(kind):
                 skipped = _SAMPLED
-            yield from [item for item in attributes_of(value).items() if item[0] not in skipped]
-            if kind not in self._closed:
-                functions = functions_of(kind) if is_users(kind) else ()
-                self._closed[kind] = [held for function in functions for held in _closed_over(function)]
-            yield from self._closed[kind]
+            settings = isinstance(value, Namespace | SimpleNamespace)
+            yield from [(name, part, settings) for name, part in attributes_of(value).items() if name not in skipped]
+            if kind not in self._kinds and is_users(kind):
+                yield from ((each.__name__, each, True) for each in kind.__mro__ if is_users(each))
+                yield from (part for function in functions_of(kind) for part in _named_by(function))
+            self._kinds.add(kind)
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
@@ -122,10 +131,11 @@ def attributes_of(value: Any) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_users(kind: type) -> bool:
-    """Whether a class is one of the user's own, and not of an installed package."""
-    top = kind.__module__.partition(".")[0]
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+def is_users(value: type | FunctionType | ModuleType) -> bool:
+    """Whether a class, a function or a module of Python is one of the user's own, and not of an installed package."""
+    module = value.__name__ if isinstance(value, ModuleType) else value.__module__ or ""
+    top = module.partition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None)
     installed = file is None or file.startswith(_INSTALLED) or "-packages" in file
     return top == "__main__" or (top not in _KNOWN and not installed)
 
@@ -141,14 +151,6 @@ def functions_of(kind: type) -> Iterator[FunctionType]:
                 yield function
 
 
-def names_in(code: CodeType) -> Iterator[str]:
-    """The attributes and global variables that a code names, with the functions in it."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from names_in(constant)
-
-
 def used_by(owner: Any, methods: Iterable[str]) -> Iterator[Held]:
     """What an object holds under names that its methods, and those that they name, have in their code."""
     functions = {function.__name__: function for function in functions_of(type(owner))}
@@ -159,9 +161,18 @@ def used_by(owner: Any, methods: Iterable[str]) -> Iterator[Held]:
     yield from (Held(value, owner, name, 1) for name, value in attributes_of(owner).items() if name in names)
 
 
-def _closed_over(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _named_by(function: FunctionType) -> Iterator[_Part]:
+    """What a function has closed over, and the global variables that a function of the user's names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            yield name, cell.cell_contents
+            yield name, cell.cell_contents, False
         except ValueError:  # it is not assigned yet
             continue
+    if not is_users(function):
+        return
+    seen, variables = seen_in(function.__code__), function.__globals__
+    yield from ((name, variables[name], True) for name in seen.variables & variables.keys())
+    for name, attribute in seen.parts:
+        module = variables.get(name)
+        if isinstance(module, ModuleType) and is_users(module) and hasattr(module, attribute):
+            yield attribute, getattr(module, attribute), True

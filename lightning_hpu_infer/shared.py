@@ -1,13 +1,10 @@
 """What two sides of a run both hold, and may change."""
 
-import dis
 import random
 from argparse import Namespace
-from collections import deque
-from collections.abc import Iterable, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
 from functools import partial
-from itertools import pairwise
-from types import CodeType, FunctionType, MappingProxyType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,41 +13,39 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from lightning_hpu_infer.held import CONSTANT, Held, Reach, attributes_of, functions_of, is_users, names_in
+from lightning_hpu_infer.bytecode import attributes_read, names_in, seen_in
+from lightning_hpu_infer.held import CONSTANT, Held, Reach, attributes_of, functions_of, is_users
 
 _STATE = (
     *(MutableSequence, MutableSet, np.ndarray, Tensor),
     *(torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
 )
 _PARTS = (Dataset, Sampler, nn.Module, Callback, LightningDataModule, FunctionType, MethodType, partial)
-# Methods that change what they belong to; so do those of tensors whose names end with an underscore.
-_CHANGES = {
-    name
-    for kind, fixed in ((list, tuple), (deque, tuple), (set, frozenset), (dict, MappingProxyType))
-    for name in dir(kind)
-    if name not in dir(fixed)
-} - {"copy", "fromkeys", "maxlen"}
 
 
 def shared_state(one: Reach, other: Reach) -> tuple[Held, Held] | None:
     """What both have found and may change: where the one holds it, and where the other does; None for nothing.
 
-    Lists, sets, arrays, tensors and generators of random numbers may change. Settings, lists of names, and objects such
-    as tokenizers are taken to stay as they are, unless a function of the user's is seen to change them.
+    Lists, sets, arrays, tensors and generators of random numbers may change. Settings, global variables, lists of names
+    and objects such as tokenizers are taken to stay as they are, unless a user's function is seen to change them.
     """
-    changes: _Changes | None = None
+    changes: Changes | None = None
     for key, held in one.found.items():
         beside = other.found.get(key)
-        if beside is None or not held.depth or not beside.depth or isinstance(held.value, CONSTANT):
+        if beside is None or not held.depth or not beside.depth or _is_constant(held.value):
             continue
-        if _is_state(held.value):
-            if not (_belongs_to_a_library(held) or _belongs_to_a_library(beside)):
-                return held, beside
-            continue
-        changes = changes or _Changes(one.functions() | other.functions())
+        if _is_state(held.value) and not (_belongs_to_a_library(held) or _belongs_to_a_library(beside)):
+            return held, beside
+        changes = changes or Changes(one.functions() | other.functions())
         if changes.reach(held.value, {held.name, beside.name}):
             return held, beside
     return None
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, type | ModuleType | FunctionType):
+        return not is_users(value)  # those of the user's have attributes that both may change
+    return isinstance(value, CONSTANT)
 
 
 def _is_state(value: Any) -> bool:
@@ -64,10 +59,31 @@ def _is_state(value: Any) -> bool:
 
 
 def _belongs_to_a_library(held: Held) -> bool:
-    """Whether it is what a transform, a tokenizer or settings have for themselves."""
+    """Whether it is what a transform, a tokenizer or settings have for themselves, or a global constant."""
     return held.in_settings or (
         held.depth > 1 and not isinstance(held.holder, _PARTS) and not is_users(type(held.holder))
     )
+
+
+def assigned_variable(one: Reach, other: Reach) -> str:
+    """A variable outside of functions that those of one side assign to and those of the other use; empty for none."""
+    (used, stored), (used_there, stored_there) = map(_variables, (one, other))
+    found = (stored & used_there) | (stored_there & used)
+    return min((name for _, name in found), default="")
+
+
+def _variables(side: Reach) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]:
+    """Which variables functions use and assign to: the ids of their modules' globals, or of cells, and their names."""
+    used, stored = set(), set()
+    for function in side.functions():
+        code, module = function.__code__, id(function.__globals__)
+        seen = seen_in(code)
+        cells = {name: id(cell) for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)}
+        stored |= {(module, name) for name in seen.stored}
+        stored |= {(cell, name) for name, cell in cells.items() if name in seen.stored_in_cells}
+        used |= {(module, name) for name in seen.variables | seen.stored}
+        used |= {(cell, name) for name, cell in cells.items()}
+    return used, stored
 
 
 def reads_changes(reader: object, name: str, owner: object) -> bool:
@@ -78,26 +94,19 @@ def reads_changes(reader: object, name: str, owner: object) -> bool:
         name: The argument under which its methods have the other one.
         owner: The other one.
     """
-    read: set[Any] = set()
-    for function in functions_of(type(reader)):
-        for before, step in pairwise(dis.get_instructions(function.__code__)):
-            loaded = before.argval[-1] if isinstance(before.argval, tuple) else before.argval
-            if loaded == name and before.opname.startswith("LOAD_FAST") and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                read.add(step.argval)
-    changed = {name for function in functions_of(type(owner)) for name, _ in _changed_in(function.__code__)}
-    return bool(read & changed)
+    read = {each for function in functions_of(type(reader)) for each in attributes_read(function.__code__, name)}
+    changes = [seen_in(function.__code__) for function in functions_of(type(owner))]
+    return any(read & (seen.assigned | seen.filled) for seen in changes)
 
 
-class _Changes:
+class Changes:
     """What functions are seen to change. Names stand for objects, so it is a guess, and only of what they name."""
 
     def __init__(self, functions: Iterable[FunctionType]) -> None:
         self._functions = set(functions)
-        self._assigned: set[str] = set()
-        self._filled: set[str] = set()
-        for function in self._functions:
-            for name, filled in _changed_in(function.__code__):
-                (self._filled if filled else self._assigned).add(name)
+        seen = [seen_in(function.__code__) for function in self._functions]
+        self._assigned = frozenset[str]().union(*(each.assigned for each in seen))
+        self._filled = frozenset[str]().union(*(each.filled for each in seen))
 
     def reach(self, value: Any, names: set[str]) -> bool:
         """Whether they change an object.
@@ -121,29 +130,7 @@ class _Changes:
         rest = set(methods)
         while found := {each for each in rest if each.__name__ in called or each.__name__.startswith("__")}:
             rest -= found
-            if any(True for each in found for _ in _changed_in(each.__code__)):
+            if any(seen.assigned or seen.filled for seen in (seen_in(each.__code__) for each in found)):
                 return True
             called |= {name for each in found for name in names_in(each.__code__)}
         return False
-
-
-def _changed_in(code: CodeType) -> Iterator[tuple[str, bool]]:
-    """Names of what is changed: of attributes that are assigned to, and (True) of that whose content is changed."""
-    steps: list[dis.Instruction] = [*dis.get_instructions(code)]
-    for at, step in enumerate(steps):
-        target: int | None = None  # so many steps ago the object was loaded
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
-            yield step.argval, False
-            target = 1
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            in_place = step.argval.endswith("_") and not step.argval.endswith("__")
-            target = 1 if step.argval in _CHANGES or in_place else None
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            target = 4 if steps[at - 1].opname == "BUILD_SLICE" else 2
-        elif step.opname == "STORE_SLICE":
-            target = 3
-        if target is not None and steps[at - target].opname in ("LOAD_ATTR", "LOAD_DEREF"):
-            yield steps[at - target].argval, True
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _changed_in(constant)

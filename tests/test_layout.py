@@ -15,7 +15,8 @@ MAX_LINES = 400
 
 # A module imports only from the lines above its own. A package stands for all of its modules that are not listed.
 LAYERS = [
-    {"held", "links", "nested", "observer", "randomness"},
+    {"bytecode", "links", "nested", "observer", "randomness"},
+    {"held"},
     {"_habana", "_lightning", "_torch", "shared"},
     {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},

@@ -1,0 +1,3 @@
+"""A module that holds what a test's programs share."""
+
+VALUE = 0.0
