@@ -15,6 +15,7 @@ _CHANGES = {
     for name in dir(kind)
     if name not in dir(fixed)
 } - {"copy", "fromkeys", "maxlen"}
+_LOADS_ARGUMENT = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_DEREF"}
 _Step = tuple[str, Any]
 
 
@@ -63,12 +64,30 @@ def names_in(code: CodeType) -> Iterator[str]:
             yield from names_in(constant)
 
 
-def attributes_read(code: CodeType, argument: str) -> Iterator[str]:
-    """The attributes of an argument that a code loads."""
+class Uses(NamedTuple):
+    """What a function does with an argument."""
+
+    attributes: frozenset[str]
+    """Those that it loads."""
+    assigned: frozenset[str]
+    """Attributes that it assigns to."""
+    passed_on: bool
+    """Whether it gives the argument itself to something else."""
+
+
+def uses_of(code: CodeType, argument: str) -> Uses:
+    """What a code, and the functions in it, do with a variable of this name."""
     steps = list(_steps_of(code))
-    for (kind, name), (after, attribute) in pairwise(steps):
-        if kind.startswith("LOAD_FAST") and name == argument and _loads_attribute(after):
-            yield attribute
+    uses = [step for (kind, name), step in pairwise(steps) if name == argument and kind in _LOADS_ARGUMENT]
+    inner = [uses_of(constant, argument) for constant in code.co_consts if isinstance(constant, CodeType)]
+    attributes = {name for kind, name in uses if _loads_attribute(kind)}
+    assigned = {name for kind, name in uses if kind == "STORE_ATTR"}
+    return Uses(
+        frozenset(attributes).union(*(each.attributes for each in inner)),
+        frozenset(assigned).union(*(each.assigned for each in inner)),
+        len(uses) > len([kind for kind, _ in uses if _loads_attribute(kind) or kind == "STORE_ATTR"])
+        or any(each.passed_on for each in inner),
+    )
 
 
 def _steps_of(code: CodeType) -> Iterator[_Step]:
@@ -103,14 +122,11 @@ def _target(steps: list[_Step], at: int) -> int:
 
 
 def _names_of(steps: list[_Step], at: int, aliases: dict[str, int]) -> Iterator[str]:
-    """The name under which an object is found that an instruction loads, and the variable that it is a part of."""
-    named = False
+    """The names under which an object is found that an instruction loads, and those of what it is a part of."""
     while at >= 0:
         kind, name = steps[at]
-        variable = kind in ("LOAD_GLOBAL", "LOAD_DEREF")
-        if variable or (_loads_attribute(kind) and not named):
+        if kind in ("LOAD_GLOBAL", "LOAD_DEREF") or _loads_attribute(kind):
             yield name
-            named = True
         if kind == "BINARY_SUBSCR":
             at -= 2
         elif _loads_attribute(kind):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
@@ -30,6 +30,10 @@ _LOOKED_AT, _DEPTH, _OBJECTS = 16, 4, 20_000
 _LEAVES = frozenset((bool, int, float, str, bytes, type(None)))
 _BEFORE_A_RUN = ("__init__", "__post_init__", "__new__", "__setstate__")
 _HOOKS_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_LOGGING = (
+    "log",
+    "log_dict",
+)  # methods of the module, which Lightning 2.6 gives to its callbacks
 _SAMPLED = ("data_source", "dataset")  # of which samplers of torch and Lightning ask for the length only
 _KNOWN = ("torch", "lightning", "pytorch_lightning", "transformers", "lightning_hpu_infer")
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -112,7 +116,9 @@ class Reach:
         elif not isinstance(value, (*CONSTANT, Tensor)):
             kind = type(value)
             skipped: Iterable[str] = _HOOKS_OF_MODULES if isinstance(value, nn.Module) else ()
-            if isinstance(value, Sampler) and not is_users(kind):
+            if isinstance(value, Callback):
+                skipped = _LOGGING
+            elif isinstance(value, Sampler) and not is_users(kind):
                 skipped = _SAMPLED
             settings = isinstance(value, Namespace | SimpleNamespace)
             yield from [(name, part, settings) for name, part in attributes_of(value).items() if name not in skipped]
@@ -151,13 +157,19 @@ def functions_of(kind: type) -> Iterator[FunctionType]:
                 yield function
 
 
+def called_by(owner: Any, names: Iterable[str]) -> set[str]:
+    """Names, and those in the code of an object's methods of these names, and of the methods that they name."""
+    functions = {function.__name__: function for function in functions_of(type(owner))}
+    found, rest = set[str](), set(names)
+    while rest:
+        found |= rest
+        rest = {name for each in rest & functions.keys() for name in names_in(functions[each].__code__)} - found
+    return found
+
+
 def used_by(owner: Any, methods: Iterable[str]) -> Iterator[Held]:
     """What an object holds under names that its methods, and those that they name, have in their code."""
-    functions = {function.__name__: function for function in functions_of(type(owner))}
-    names, rest = set[str](), set(methods)
-    while rest:
-        names |= rest
-        rest = {name for each in rest & functions.keys() for name in names_in(functions[each].__code__)} - names
+    names = called_by(owner, methods)
     yield from (Held(value, owner, name, 1) for name, value in attributes_of(owner).items() if name in names)
 
 

@@ -5,7 +5,6 @@ What is called, in which order, with which profiler span and which `_current_fx_
 """
 
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_hpu_infer._lightning import datahook_owner, has_stock_transfer, with_fx_name
+from lightning_hpu_infer.late import may_write_late
 from lightning_hpu_infer.observer import Observer, Stage
-from lightning_hpu_infer.shared import reads_changes
 
 Hook = Callable[..., Any]
 _START, _END = "on_predict_batch_start", "on_predict_batch_end"
@@ -83,7 +82,7 @@ class BatchHooks:
         self._trainer = trainer
         self._observer = observer
         self._told = False
-        self._reading: dict[int, bool] = {}
+        self._late: dict[int, bool] = {}
         self._module: LightningModule = trainer.lightning_module
         self._profiler = None if isinstance(trainer.profiler, PassThroughProfiler) else trainer.profiler
         self.start = self._batch_hook(_START, self._call_start)
@@ -112,17 +111,16 @@ class BatchHooks:
         return None if unsafe or not defer else hooks
 
     def _may_be_late(self, hook: BatchHook) -> bool:
-        return hook.may_be_late and not self._reads_steps(hook.listener)
+        return hook.may_be_late and (not isinstance(hook.listener, BasePredictionWriter) or self._may_write_late(hook))
 
-    def _reads_steps(self, listener: Any) -> bool:
-        """Whether a writer of the user's is seen to read what the module's methods write."""
-        found = self._reading.get(id(listener))
-        if found is None:
-            write = getattr(getattr(listener, "write_on_batch_end", None), "__func__", None)
-            names = write.__code__.co_varnames[2:3] if isinstance(write, FunctionType) else ()
-            found = any(reads_changes(listener, name, self._module) for name in names)
-            self._reading[id(listener)] = found
-        return found
+    def _may_write_late(self, hook: BatchHook) -> bool:
+        writer = hook.listener
+        if id(writer) not in self._late:
+            others = [
+                each for each in self._trainer.callbacks if each is not writer and not _is_ours(getattr(each, _START))
+            ]
+            self._late[id(writer)] = may_write_late(writer, [self._module, *others])
+        return self._late[id(writer)]
 
     def _hooks_now(self, name: str) -> Iterable[BatchHook]:
         """The hooks of that name, of the callbacks first; those that a callback adds meanwhile are among them."""

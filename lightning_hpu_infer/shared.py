@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from lightning_hpu_infer.bytecode import attributes_read, names_in, seen_in
+from lightning_hpu_infer.bytecode import names_in, seen_in
 from lightning_hpu_infer.held import CONSTANT, Held, Reach, attributes_of, functions_of, is_users
 
 _STATE = (
@@ -84,19 +84,6 @@ def _variables(side: Reach) -> tuple[set[tuple[int, str]], set[tuple[int, str]]]
         used |= {(module, name) for name in seen.variables | seen.stored}
         used |= {(cell, name) for name, cell in cells.items()}
     return used, stored
-
-
-def reads_changes(reader: object, name: str, owner: object) -> bool:
-    """Whether methods of an object are seen to read attributes of another one that its own methods change.
-
-    Args:
-        reader: The object that reads.
-        name: The argument under which its methods have the other one.
-        owner: The other one.
-    """
-    read = {each for function in functions_of(type(reader)) for each in attributes_read(function.__code__, name)}
-    changes = [seen_in(function.__code__) for function in functions_of(type(owner))]
-    return any(read & (seen.assigned | seen.filled) for seen in changes)
 
 
 class Changes:

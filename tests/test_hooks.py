@@ -1,6 +1,7 @@
 """Rule 2: end hooks run late only where that makes no difference; else they see what they see in stock Lightning."""
 
 import logging
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -24,33 +25,41 @@ FLAGS: list[dict[str, Any]] = [
 LATE = "end hooks run right after each step"
 
 
+class Notes(SimpleQueue[str]):
+    """What happened, in order; a queue is not seen to be changed."""
+
+    def all(self) -> list[str]:
+        return [self.get_nowait() for _ in range(self.qsize())]
+
+
 class Steps(Net):
-    """Notes its steps in a list that others note their end hooks in."""
+    """Notes its steps where others note their end hooks."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.notes: list[str] = []
+        self.notes = Notes()
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        self.notes.append(f"s{batch_idx}")
+        self.notes.put(f"s{batch_idx}")
         return self.net(batch)
 
 
 class NotingWriter(BasePredictionWriter):
-    """Uses what it is given, and its own list, which the module's steps write to as well."""
+    """Uses what it is given, and notes, which the module's steps write to as well."""
 
     def __init__(self) -> None:
         super().__init__("batch")
-        self.notes: list[str] = []
+        self.notes = Notes()
 
     def write_on_batch_end(self, t: Any, module: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
         assert prediction.device.type in ("cpu", module.device.type)
-        self.notes.append(f"e{idx}")
+        self.notes.put(f"e{idx}")
 
 
 class NotingInModule(NotingWriter):
     def write_on_batch_end(self, t: Any, module: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
-        module.notes.append(f"e{idx}")
+        module.newest = idx
+        module.notes.put(f"e{idx}")
 
 
 class OwnEnd(NotingWriter):
@@ -64,23 +73,23 @@ class NotingStart(NotingWriter):
 
 class NotingCallback(Callback):
     def on_predict_batch_end(self, t: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        module.notes.append(f"e{batch_idx}")
+        module.notes.put(f"e{batch_idx}")
 
 
 class NotingBar(TQDMProgressBar):
     def on_predict_batch_end(self, t: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         super().on_predict_batch_end(t, module, outputs, batch, batch_idx, *_)
-        module.notes.append(f"e{batch_idx}")
+        module.notes.put(f"e{batch_idx}")
 
 
 class StepsAndEnds(Steps):
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.notes.append(f"e{batch_idx}")
+        self.notes.put(f"e{batch_idx}")
 
 
 def noting_lambda() -> Callback:
     def note(t: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        module.notes.append(f"e{batch_idx}")
+        module.notes.put(f"e{batch_idx}")
 
     return LambdaCallback(on_predict_batch_end=note)
 
@@ -119,7 +128,7 @@ def test_rule_2_end_hooks_are_late_where_all_of_them_may_be(
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         ours.predict(net, rows(10, 2))
     late = defer_hooks is True or (defer_hooks == "auto" and is_safe)
-    assert " ".join(net.notes) == (BEHIND if late else IN_ORDER)
+    assert " ".join(net.notes.all()) == (BEHIND if late else IN_ORDER)
     told = [record.message for record in caplog.records if LATE in record.message]
     assert len(told) == (defer_hooks == "auto" and not is_safe)
 
@@ -131,7 +140,7 @@ def test_rule_2_a_profiler_makes_no_hook_unsafe(caplog: pytest.LogCaptureFixture
     writer.notes = net.notes
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         trainer(HPUInferenceAccelerator(hpu_graphs=False), [writer], profiler="simple").predict(net, rows(10, 2))
-    assert " ".join(net.notes) == BEHIND
+    assert " ".join(net.notes.all()) == BEHIND
     assert [record.message for record in caplog.records if LATE in record.message] == []
 
 
@@ -257,16 +266,22 @@ class Accumulates(Net):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []
+        self.scale = 1
         self.register_buffer("sums", torch.zeros(3))
         self.register_buffer("newest", torch.zeros(2, 3))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         scores = self.net(batch)
-        self.last = batch_idx
+        global LAST
+        LAST = self.last = batch_idx
+        LASTS.append(batch_idx)
         self.rows.append(len(batch))
         self.sums.add_(scores.sum(0))
         self.newest[:] = scores
-        return scores
+        return scores * self.scale
+
+    def latest(self) -> int:
+        return self.last
 
 
 def reading(read: Any) -> Any:
@@ -296,6 +311,81 @@ def sums(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
 
 def newest(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
     self.seen.append(pl_module.newest.cpu().clone())
+
+
+def by_helper(self: Any, t: Any, module: Any, *_: Any) -> None:
+    self.seen.append(last_of(module))
+
+
+def last_of(module: Any) -> int:
+    return int(module.last)
+
+
+def by_method(self: Any, t: Any, module: Any, *_: Any) -> None:
+    self.seen.append(module.latest())
+
+
+def by_trainer(self: Any, trainer: Any, *_: Any) -> None:
+    self.seen.append(trainer.lightning_module.last)
+
+
+def of_global(self: Any, *_: Any) -> None:
+    self.seen.append((LAST, list(LASTS[-1:])))
+
+
+def changing(self: Any, t: Any, module: Any, *_: Any) -> None:
+    module.scale = module.scale + 1
+    self.seen.append(module.last)
+
+
+def changing_a_part(self: Any, t: Any, module: Any, *_: Any) -> None:
+    module.net[0].bias.data.add_(1)
+
+
+LAST = -1
+LASTS = [-1]
+
+
+class SharesList(BasePredictionWriter):
+    """Reads a list that it has in common with the module."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.seen: list[Any] = []
+        self.kept = KEPT
+
+    def write_on_batch_end(self, t: Any, m: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
+        self.seen.append(self.kept[-1])
+
+
+KEPT: list[int] = []
+
+
+class Keeps(Net):
+    """Keeps in a list that somebody else holds too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = KEPT
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        kept = self.kept
+        kept.append(batch_idx)
+        return self.net(batch)
+
+
+class HoldsModule(BasePredictionWriter):
+    """Finds the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+        self.seen: list[Any] = []
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        self.module = module
+
+    def write_on_batch_end(self, *_: Any) -> None:
+        self.seen.append(self.module.last)
 
 
 def of_rows() -> DataLoader[Any]:
@@ -336,9 +426,12 @@ def assert_hooks_are_stocks(make_module: Any, make_callback: Any, loader: Any, f
         assert_equal(one, other)
 
 
+READS = [last, length, sums, newest, by_helper, by_method, by_trainer, of_global, changing, changing_a_part]
 WRITERS: dict[str, Any] = {
     "with a start hook": (OfDictsOnly, NamedByStart, of_dicts),
-    **{read.__name__: (Accumulates, reading(read), of_rows) for read in (last, length, sums, newest)},
+    **{read.__name__: (Accumulates, reading(read), of_rows) for read in READS},
+    "a list of both": (Keeps, SharesList, of_rows),
+    "the module that it holds": (Accumulates, HoldsModule, of_rows),
 }
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"bytecode", "links", "nested", "observer", "randomness"},
     {"held"},
     {"_habana", "_lightning", "_torch", "shared"},
-    {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
+    {"ahead", "arrays", "late", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},
     {"batch", "graphs", "in_flight", "observe", "postprocess", "work", "writing"},
