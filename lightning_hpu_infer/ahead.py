@@ -50,11 +50,12 @@ def reason_against(loaders: Iterable[Any], listeners: Sequence[object]) -> str:
                 f"a part of {_name(listener)} is compiled by `torch.compile`, which sets the random state back"
                 " that the dataset may draw from"
             )
-    ahead = Reach(chain.from_iterable(map(_parts_of, loaders)))
-    return _reason_against_a_thread(ahead) or _dependence(ahead, listeners)
+    loaders = list(loaders)
+    ahead = Reach(chain.from_iterable(map(parts_of, loaders)))
+    return _reason_against_a_thread(ahead) or _dependence(ahead, listeners, begins=len(loaders))
 
 
-def _parts_of(loader: Any) -> list[Any]:
+def parts_of(loader: Any) -> list[Any]:
     """What makes a dataloader's batches in this process: its own objects, and functions."""
     if not isinstance(loader, DataLoader):
         return [loader]
@@ -81,8 +82,14 @@ def _reason_against_a_thread(ahead: Reach) -> str:
     return ""
 
 
-def _dependence(ahead: Reach, listeners: Sequence[object]) -> str:
-    """How what runs ahead and what runs with the steps may depend on each other; empty if that is not seen."""
+def _dependence(ahead: Reach, listeners: Sequence[object], begins: int) -> str:
+    """How what runs ahead and what runs with the steps may depend on each other; empty if that is not seen.
+
+    Args:
+        ahead: What makes the batches.
+        listeners: As in `reason_against`.
+        begins: How many dataloaders begin, each of which draws a seed.
+    """
     modules = [module for listener in listeners if isinstance(listener, nn.Module) for module in listener.modules()]
     acting = [*filter(_acts_with_steps, listeners), *modules]
     for root in acting:
@@ -105,6 +112,8 @@ def _dependence(ahead: Reach, listeners: Sequence[object]) -> str:
         )
     if name := assigned_variable(ahead, behind):
         return f"functions of yours assign to the variable `{name}`, so that a batch may depend on the steps before it"
+    if (step := behind.drawing()) and (data := ahead.drawing() or ("DataLoader.__iter__" if begins > 1 else "")):
+        return f"`{step}` and `{data}` draw random numbers, which would come in another order"
     return _dependence_through_the_trainer(ahead, behind)
 
 

@@ -16,7 +16,25 @@ _CHANGES = {
     if name not in dir(fixed)
 } - {"copy", "fromkeys", "maxlen"}
 _LOADS_ARGUMENT = {"LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_DEREF"}
+_VARIABLES = ("LOAD_GLOBAL", "LOAD_DEREF")
+_MOVES = ("SWAP", "COPY", "ROT_", "DUP_")
+_ENDS = ("STORE_", "DELETE_", "POP_TOP", "RETURN_", "POP_JUMP", "JUMP_IF", "FOR_ITER")
+_SETTERS = {"setattr", "delattr", "vars", "__dict__", "__setattr__", "__setitem__"}
+_IN_PLACE = "INPLACE"
 _Step = tuple[str, Any]
+
+
+_OF_TENSORS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
+_OF_TORCH = (
+    "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson"
+    " gumbel_softmax sample rsample"
+)
+_OF_PYTHON = (
+    "random uniform randrange choice choices shuffle gauss triangular getrandbits randbytes permutation integers"
+)
+_OF_SEEDS = "seed manual_seed set_rng_state setstate set_state fork_rng isolate_rng seed_everything"
+_OF_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu")
+_RANDOM = frozenset(" ".join((_OF_TENSORS, _OF_TORCH, _OF_PYTHON, _OF_SEEDS)).split())
 
 
 class Seen(NamedTuple):
@@ -25,7 +43,7 @@ class Seen(NamedTuple):
     variables: frozenset[str]
     """Global variables that it loads."""
     parts: frozenset[tuple[str, str]]
-    """Attributes of global variables that it loads, each with the variable first."""
+    """Attributes of global variables, and of these, that it loads, each with the variable first."""
     stored: frozenset[str]
     """Global variables that it assigns to."""
     stored_in_cells: frozenset[str]
@@ -34,6 +52,10 @@ class Seen(NamedTuple):
     """Attributes of anything that it assigns to."""
     filled: frozenset[str]
     """Attributes and variables whose content it changes."""
+    changed_arguments: frozenset[str]
+    """Arguments whose content it changes."""
+    statements: frozenset[frozenset[str]]
+    """The attributes and variables that each of its statements names."""
 
 
 @lru_cache(maxsize=4096)
@@ -41,17 +63,16 @@ def seen_in(code: CodeType) -> Seen:
     """What is seen in a code. Names stand for objects, so it is a guess, and only of what is named."""
     steps = list(_steps_of(code))
     inner = [seen_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    changes = _Changes(steps)
     own = Seen(
         frozenset(name for kind, name in steps if kind == "LOAD_GLOBAL"),
-        frozenset(
-            (steps[at - 1][1], name)
-            for at, (kind, name) in enumerate(steps)
-            if at and _loads_attribute(kind) and steps[at - 1][0] == "LOAD_GLOBAL"
-        ),
+        frozenset(_parts(steps)),
         frozenset(name for kind, name in steps if kind in ("STORE_GLOBAL", "DELETE_GLOBAL")),
         frozenset(name for kind, name in steps if kind in ("STORE_DEREF", "DELETE_DEREF")),
         frozenset(name for kind, name in steps if kind in ("STORE_ATTR", "DELETE_ATTR")),
-        frozenset(_filled(steps)),
+        frozenset(changes.names),
+        frozenset(changes.locals).intersection(code.co_varnames[: code.co_argcount]),
+        frozenset(changes.statements),
     )
     return Seen(*(frozenset().union(*sets) for sets in zip(own, *inner, strict=True)))
 
@@ -62,6 +83,15 @@ def names_in(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from names_in(constant)
+
+
+def draws(code: CodeType) -> bool:
+    """Whether a code is seen to draw random numbers, or to seed what they are drawn from."""
+    if not _RANDOM.isdisjoint(names_in(code)):
+        return True
+    seen = seen_in(code)  # `self.dropout` draws nothing in eval mode
+    called = seen.variables.union(name for _, name in seen.parts)
+    return not called.isdisjoint(_OF_FUNCTIONS)
 
 
 class Uses(NamedTuple):
@@ -96,17 +126,72 @@ def _steps_of(code: CodeType) -> Iterator[_Step]:
         if isinstance(step.argval, tuple) and step.opname.count("_FAST") == 2:
             first, _, second = step.opname.partition("_FAST_")
             yield from zip((f"{first}_FAST", second), step.argval, strict=True)
+        elif step.opname.startswith("INPLACE_") or (step.opname == "BINARY_OP" and step.argrepr.endswith("=")):
+            yield _IN_PLACE, None
         elif step.opname != "EXTENDED_ARG":
             yield step.opname, step.argval
 
 
-def _filled(steps: list[_Step]) -> Iterator[str]:
-    aliases: dict[str, int] = {}  # where the value of a local variable was loaded
-    for at, (kind, name) in enumerate(steps):
-        if kind == "STORE_FAST":
-            aliases[name] = at - 1
-        elif target := _target(steps, at):
-            yield from _names_of(steps, at - target, aliases)
+def _parts(steps: list[_Step]) -> Iterator[tuple[str, str]]:
+    variable = None
+    for kind, name in steps:
+        if kind == "LOAD_GLOBAL":
+            variable = name
+        elif not _loads_attribute(kind):
+            variable = None
+        elif variable is not None:
+            yield variable, name
+
+
+class _Changes:
+    """The names under which what is changed was found, in the instructions of a function."""
+
+    def __init__(self, steps: list[_Step]) -> None:
+        self.names = set[str]()
+        self.locals = set[str]()
+        self.statements = set[frozenset[str]]()
+        self._steps = steps
+        self._aliases: dict[str, int] = {}  # where the value of a local variable was loaded
+        begin = 0
+        for at, (kind, name) in enumerate(steps):
+            target = _target(steps, at)
+            # Between them are others where the object has been loaded before, to be read.
+            if kind == _IN_PLACE or (target and steps[at - target][0].startswith(_MOVES)):
+                self._add_all(begin, at)
+            elif target:
+                self._add(at - target)
+            if kind.startswith(_ENDS):
+                self._end(begin, at)
+                begin = at + 1
+                if kind == "STORE_FAST":
+                    self._aliases[name] = at - 1
+
+    def _end(self, begin: int, end: int) -> None:
+        named = frozenset(name for kind, name in self._steps[begin:end] if kind in _VARIABLES or _loads_attribute(kind))
+        self.statements.add(named)
+        if not named.isdisjoint(_SETTERS):
+            self._add_all(begin, end)
+
+    def _add_all(self, begin: int, end: int) -> None:
+        for at in range(begin, end):
+            self._add(at)
+
+    def _add(self, at: int) -> None:
+        """Add the names under which an object is found that an instruction loads, and those of what it is a part of."""
+        while at >= 0:
+            kind, name = self._steps[at]
+            if kind in _VARIABLES or _loads_attribute(kind):
+                self.names.add(name)
+            if kind == "BINARY_SUBSCR":
+                at -= 2
+            elif _loads_attribute(kind):
+                at -= 1
+            elif kind.startswith("LOAD_FAST") and self._aliases.get(name, at) < at:
+                at = self._aliases[name]
+            else:
+                if kind.startswith("LOAD_FAST"):
+                    self.locals.add(name)
+                return
 
 
 def _target(steps: list[_Step], at: int) -> int:
@@ -119,22 +204,6 @@ def _target(steps: list[_Step], at: int) -> int:
     if kind in ("STORE_SUBSCR", "DELETE_SUBSCR"):
         return 4 if steps[at - 1][0] == "BUILD_SLICE" else 2
     return 3 if kind == "STORE_SLICE" else 0
-
-
-def _names_of(steps: list[_Step], at: int, aliases: dict[str, int]) -> Iterator[str]:
-    """The names under which an object is found that an instruction loads, and those of what it is a part of."""
-    while at >= 0:
-        kind, name = steps[at]
-        if kind in ("LOAD_GLOBAL", "LOAD_DEREF") or _loads_attribute(kind):
-            yield name
-        if kind == "BINARY_SUBSCR":
-            at -= 2
-        elif _loads_attribute(kind):
-            at -= 1
-        elif kind.startswith("LOAD_FAST") and aliases.get(name, at) < at:
-            at = aliases[name]
-        else:
-            return
 
 
 def _loads_attribute(kind: str) -> bool:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from lightning_hpu_infer.bytecode import names_in, seen_in
+from lightning_hpu_infer.bytecode import draws, names_in, seen_in
 
 CONSTANT = (
     *(str, bytes, int, float, complex, tuple, frozenset, range, slice, type(None), np.generic, np.dtype),
@@ -30,6 +30,7 @@ _LOOKED_AT, _DEPTH, _OBJECTS = 16, 4, 20_000
 _LEAVES = frozenset((bool, int, float, str, bytes, type(None)))
 _BEFORE_A_RUN = ("__init__", "__post_init__", "__new__", "__setstate__")
 _HOOKS_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 _LOGGING = (
     "log",
     "log_dict",
@@ -89,6 +90,17 @@ class Reach:
         for kind in {type(held.value) for held in self}:
             found.update(functions_of(kind) if is_users(kind) else ())
         return found
+
+    def drawing(self) -> str:
+        """What is seen to draw random numbers or to seed, libraries' classes included; empty for nothing."""
+        functions = self.functions().union(*(functions_of(kind) for kind in {type(held.value) for held in self}))
+        codes = {function.__qualname__: function.__code__ for function in functions}
+        codes |= {held.value.__qualname__: held.value.gi_code for held in self if isinstance(held.value, GeneratorType)}
+        found = {name for name, code in codes.items() if draws(code)}
+        trains = any("train" in names_in(code) for code in codes.values())
+        dropouts = (held.value for held in self if isinstance(held.value, _DROPOUTS))
+        found.update(type(dropout).__name__ for dropout in dropouts if trains or dropout.training)
+        return min(found, default="")
 
     def _inside(self, held: Held) -> Iterator[Held]:
         value, depth = held.value, held.depth + 1

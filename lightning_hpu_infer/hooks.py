@@ -114,13 +114,11 @@ class BatchHooks:
         return hook.may_be_late and (not isinstance(hook.listener, BasePredictionWriter) or self._may_write_late(hook))
 
     def _may_write_late(self, hook: BatchHook) -> bool:
-        writer = hook.listener
-        if id(writer) not in self._late:
-            others = [
-                each for each in self._trainer.callbacks if each is not writer and not _is_ours(getattr(each, _START))
-            ]
-            self._late[id(writer)] = may_write_late(writer, [self._module, *others])
-        return self._late[id(writer)]
+        if (found := self._late.get(id(hook.listener))) is None:
+            steps = [self._module, *(each for each in self._trainer.callbacks if not _is_ours(getattr(each, _START)))]
+            loaders = self._trainer.predict_loop._combined_loader.flattened
+            found = self._late[id(hook.listener)] = may_write_late(hook.listener, steps, loaders)
+        return found
 
     def _hooks_now(self, name: str) -> Iterable[BatchHook]:
         """The hooks of that name, of the callbacks first; those that a callback adds meanwhile are among them."""

@@ -1,6 +1,8 @@
 """What two sides of a run both hold, and may change."""
 
+import queue
 import random
+import threading
 from argparse import Namespace
 from collections.abc import Iterable, MutableMapping, MutableSequence, MutableSet
 from functools import partial
@@ -19,6 +21,7 @@ from lightning_hpu_infer.held import CONSTANT, Held, Reach, attributes_of, funct
 _STATE = (
     *(MutableSequence, MutableSet, np.ndarray, Tensor),
     *(torch.Generator, np.random.Generator, np.random.RandomState, random.Random),
+    *(queue.Queue, queue.SimpleQueue, threading.Event, threading.Condition, threading.Semaphore),
 )
 _PARTS = (Dataset, Sampler, nn.Module, Callback, LightningDataModule, FunctionType, MethodType, partial)
 
@@ -90,10 +93,20 @@ class Changes:
     """What functions are seen to change. Names stand for objects, so it is a guess, and only of what they name."""
 
     def __init__(self, functions: Iterable[FunctionType]) -> None:
-        self._functions = set(functions)
-        seen = [seen_in(function.__code__) for function in self._functions]
-        self._assigned = frozenset[str]().union(*(each.assigned for each in seen))
-        self._filled = frozenset[str]().union(*(each.filled for each in seen))
+        self._seen = {function: seen_in(function.__code__) for function in functions}
+        self._changing = {
+            function.__name__ for function, seen in self._seen.items() if seen.changed_arguments - {"self", "cls"}
+        }
+        self._by_all = self._names(self._seen.keys())
+
+    def _names(self, functions: Iterable[FunctionType]) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of attributes that functions assign to, and of what they fill, or have other functions fill."""
+        seen = [self._seen[function] for function in functions]
+        calls = [names for each in seen for names in each.statements if not names.isdisjoint(self._changing)]
+        return (
+            frozenset[str]().union(*(each.assigned for each in seen)),
+            frozenset[str]().union(*(each.filled for each in seen), *calls),
+        )
 
     def reach(self, value: Any, names: set[str]) -> bool:
         """Whether they change an object.
@@ -102,18 +115,21 @@ class Changes:
             value: The object.
             names: Those under which it is held.
         """
-        if names & self._filled:
+        assigned, filled = self._by_all
+        if names & filled:
             return True
         kind = type(value)
         if isinstance(value, Namespace | SimpleNamespace):
-            return bool(attributes_of(value).keys() & self._assigned)
-        return is_users(kind) and (
-            bool(attributes_of(value).keys() & self._assigned) or self._call_what_changes(set(functions_of(kind)))
-        )
+            return bool(attributes_of(value).keys() & (assigned | filled))
+        if not is_users(kind):
+            return False
+        methods = set(functions_of(kind))  # which change it only if somebody calls them
+        assigned, filled = self._names(self._seen.keys() - methods)
+        return bool(attributes_of(value).keys() & (assigned | filled)) or self._call_what_changes(methods)
 
     def _call_what_changes(self, methods: set[FunctionType]) -> bool:
         """Whether a method is called that changes its object. Of `__call__` and the like it is not seen who does."""
-        called = {name for function in self._functions - methods for name in names_in(function.__code__)}
+        called = {name for function in self._seen.keys() - methods for name in names_in(function.__code__)}
         rest = set(methods)
         while found := {each for each in rest if each.__name__ in called or each.__name__.startswith("__")}:
             rest -= found

@@ -1,18 +1,18 @@
 """Rule 2: end hooks run late only where that makes no difference; else they see what they see in stock Lightning."""
 
+import io
 import logging
-from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback, ProgressBar, TQDMProgressBar
-from torch.utils.data import DataLoader
 
 from lightning_hpu_infer import HPUInferenceAccelerator
 from lightning_hpu_infer._lightning import PredictionLoop
-from tests.helpers import Net, assert_equal, predict, rows, trainer
+from tests.dependence import assert_hooks_are_stocks, of_dicts, of_rows
+from tests.helpers import Net, assert_equal, rows, trainer
 
 FLAGS: list[dict[str, Any]] = [
     {},
@@ -25,11 +25,17 @@ FLAGS: list[dict[str, Any]] = [
 LATE = "end hooks run right after each step"
 
 
-class Notes(SimpleQueue[str]):
-    """What happened, in order; a queue is not seen to be changed."""
+class Notes:
+    """What happened, in order. Nobody sees that it is changed."""
+
+    def __init__(self) -> None:
+        self.text = io.StringIO()
+
+    def put(self, note: str) -> None:
+        self.text.write(f" {note}")
 
     def all(self) -> list[str]:
-        return [self.get_nowait() for _ in range(self.qsize())]
+        return self.text.getvalue().split()
 
 
 class Steps(Net):
@@ -201,11 +207,6 @@ class OfDicts(Net):
         return {"y": self.net(batch["extra"]), "tmp": 1, "n": torch.zeros(1, device=self.device)}
 
 
-class OfDictsOnly(Net):
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return {"y": self.net(batch["x"])}
-
-
 class Late(Callback):
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -243,159 +244,6 @@ class ReplacesEndHook(Net):
             self.net.register_forward_hook(lambda module, args, output: output * 7)
 
 
-class NamedByStart(BasePredictionWriter):
-    """Writes under a name that its start hook takes from the batch."""
-
-    def __init__(self) -> None:
-        super().__init__("batch")
-        self.seen: list[Any] = []
-
-    def on_predict_batch_start(self, t: Any, m: Any, batch: Any, batch_idx: int, *_: Any) -> None:
-        self.file = f"{batch_idx}.pt", batch["x"].cpu().clone()
-
-    def write_on_batch_end(self, t: Any, m: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
-        self.seen.append((self.file, idx, prediction["y"].cpu().clone()))
-
-
-class Accumulates(Net):
-    """Keeps in every step what a writer reads."""
-
-    sums: torch.Tensor
-    newest: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-        self.scale = 1
-        self.register_buffer("sums", torch.zeros(3))
-        self.register_buffer("newest", torch.zeros(2, 3))
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        scores = self.net(batch)
-        global LAST
-        LAST = self.last = batch_idx
-        LASTS.append(batch_idx)
-        self.rows.append(len(batch))
-        self.sums.add_(scores.sum(0))
-        self.newest[:] = scores
-        return scores * self.scale
-
-    def latest(self) -> int:
-        return self.last
-
-
-def reading(read: Any) -> Any:
-    """A writer that reads something of the module."""
-
-    class Reads(BasePredictionWriter):
-        def __init__(self) -> None:
-            super().__init__("batch")
-            self.seen: list[Any] = []
-
-        write_on_batch_end = read
-
-    return Reads
-
-
-def last(self: Any, t: Any, m: Any, *_: Any) -> None:
-    self.seen.append(m.last)
-
-
-def length(self: Any, t: Any, module: Any, *_: Any) -> None:
-    self.seen.append(len(module.rows))
-
-
-def sums(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
-    self.seen.append(pl_module.sums.cpu().clone())
-
-
-def newest(self: Any, t: Any, pl_module: Any, *_: Any) -> None:
-    self.seen.append(pl_module.newest.cpu().clone())
-
-
-def by_helper(self: Any, t: Any, module: Any, *_: Any) -> None:
-    self.seen.append(last_of(module))
-
-
-def last_of(module: Any) -> int:
-    return int(module.last)
-
-
-def by_method(self: Any, t: Any, module: Any, *_: Any) -> None:
-    self.seen.append(module.latest())
-
-
-def by_trainer(self: Any, trainer: Any, *_: Any) -> None:
-    self.seen.append(trainer.lightning_module.last)
-
-
-def of_global(self: Any, *_: Any) -> None:
-    self.seen.append((LAST, list(LASTS[-1:])))
-
-
-def changing(self: Any, t: Any, module: Any, *_: Any) -> None:
-    module.scale = module.scale + 1
-    self.seen.append(module.last)
-
-
-def changing_a_part(self: Any, t: Any, module: Any, *_: Any) -> None:
-    module.net[0].bias.data.add_(1)
-
-
-LAST = -1
-LASTS = [-1]
-
-
-class SharesList(BasePredictionWriter):
-    """Reads a list that it has in common with the module."""
-
-    def __init__(self) -> None:
-        super().__init__("batch")
-        self.seen: list[Any] = []
-        self.kept = KEPT
-
-    def write_on_batch_end(self, t: Any, m: Any, prediction: Any, i: Any, batch: Any, idx: int, dl: int) -> None:
-        self.seen.append(self.kept[-1])
-
-
-KEPT: list[int] = []
-
-
-class Keeps(Net):
-    """Keeps in a list that somebody else holds too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = KEPT
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        kept = self.kept
-        kept.append(batch_idx)
-        return self.net(batch)
-
-
-class HoldsModule(BasePredictionWriter):
-    """Finds the module itself."""
-
-    def __init__(self) -> None:
-        super().__init__("batch")
-        self.seen: list[Any] = []
-
-    def setup(self, trainer: Any, module: Any, stage: str) -> None:
-        self.module = module
-
-    def write_on_batch_end(self, *_: Any) -> None:
-        self.seen.append(self.module.last)
-
-
-def of_rows() -> DataLoader[Any]:
-    return rows(16, 2)
-
-
-def of_dicts() -> DataLoader[Any]:
-    return DataLoader([{"x": row} for row in torch.arange(52.0).reshape(13, 4) / 9], batch_size=2)  # type: ignore[arg-type]
-
-
 CHANGES: dict[str, Any] = {
     "changes weights": (ChangesWeights, None, of_rows),
     "reads the module's state": (ReadsState, None, of_rows),
@@ -413,33 +261,6 @@ CHANGES: dict[str, Any] = {
 def test_rule_2_what_a_hook_does_and_sees_is_stock(change: str, flags: dict[str, Any]) -> None:
     make_module, make_callback, loader = CHANGES[change]
     assert_hooks_are_stocks(make_module, make_callback, loader, flags)
-
-
-def assert_hooks_are_stocks(make_module: Any, make_callback: Any, loader: Any, flags: dict[str, Any]) -> None:
-    def run(accelerator: Any) -> Any:
-        module, callbacks = make_module(), [make_callback()] if make_callback else []
-        seen = [getattr(part, "seen", None) for part in (module, *callbacks)]
-        return predict(accelerator, module, loader(), callbacks=callbacks), seen, dict(module.state_dict())
-
-    ours, stock = run(HPUInferenceAccelerator(**flags)), run("cpu")
-    for one, other in zip(ours, stock, strict=True):
-        assert_equal(one, other)
-
-
-READS = [last, length, sums, newest, by_helper, by_method, by_trainer, of_global, changing, changing_a_part]
-WRITERS: dict[str, Any] = {
-    "with a start hook": (OfDictsOnly, NamedByStart, of_dicts),
-    **{read.__name__: (Accumulates, reading(read), of_rows) for read in READS},
-    "a list of both": (Keeps, SharesList, of_rows),
-    "the module that it holds": (Accumulates, HoldsModule, of_rows),
-}
-
-
-@pytest.mark.usefixtures("device")
-@pytest.mark.parametrize("writer", WRITERS)
-def test_rule_2_a_writer_that_is_seen_to_depend_on_steps_runs_in_stock_order(writer: str) -> None:
-    make_module, make_callback, loader = WRITERS[writer]
-    assert_hooks_are_stocks(make_module, make_callback, loader, {"hpu_graphs": False, "in_flight": 3})
 
 
 class Joined(PredictionLoop):

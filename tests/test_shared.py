@@ -1,6 +1,7 @@
 """What is seen of what batches and steps may tell each other, and what is taken to stay as it is."""
 
 import csv
+import queue
 import sqlite3
 import threading
 from collections import deque
@@ -17,33 +18,17 @@ from lightning.pytorch.callbacks import LambdaCallback
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, SequentialSampler, Subset
 from transformers import PreTrainedTokenizerFast
 
 from lightning_hpu_infer.ahead import reason_against
+from tests.dependence import Holder, PartOfModule
 from tests.helpers import Net, Rows, trainer
-
-
-class Holder(Dataset[Tensor]):
-    def __init__(self, *held: Any, **more: Any) -> None:
-        self.held = held[0] if len(held) == 1 else held
-        vars(self).update(more)
 
 
 class HeldByCallback(Callback):
     def __init__(self, *held: Any) -> None:
         self.held = {"data": held[0]}
-
-
-class PartOfModule(Net):
-    """A module with attributes."""
-
-    def __init__(self, **held: Any) -> None:
-        super().__init__()
-        vars(self).update(held)
-
-    def collate(self, samples: list[Tensor]) -> Tensor:
-        return torch.stack(samples)
 
 
 class Collate:
@@ -190,6 +175,8 @@ SHARED: dict[str, Any] = {
     "bytes": bytearray(2),
     "empty dict": {},
     "generator": torch.Generator(),
+    "queue": queue.SimpleQueue[int](),
+    "event": threading.Event(),
 }
 WRITTEN: dict[str, Any] = {
     "state": {"last": 0},
@@ -236,136 +223,6 @@ def test_an_object_that_both_hold_and_the_step_is_seen_to_change(kind: str) -> N
 def test_what_both_hold_and_nobody_is_seen_to_change(kind: str) -> None:
     assert not any(sharing(READ[kind], "held", PartOfModule))
     assert not any(sharing(READ[kind], "held", Writes))
-
-
-# Variables outside of functions, and what is found in the Trainer
-
-SCALES = [0.5, 0.4]
-OFFSET = torch.ones(())
-LAST = 0
-
-
-class Scaling(Dataset[Tensor]):
-    """Says a class attribute."""
-
-    scale = 1.0
-
-    def __getitem__(self, index: int) -> Any:
-        return scaled(index) * self.scale, LAST
-
-
-def scaled(index: int) -> Any:
-    return SCALES[index] * OFFSET
-
-
-def with_variable() -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    last = 0.0
-
-    def read(samples: Any) -> Any:
-        return samples, last
-
-    def write(*args: Any) -> None:
-        nonlocal last
-        last = 1.0
-
-    return read, write
-
-
-def write_attribute(*args: Any) -> None:
-    Scaling.scale = 2.0
-
-
-def write_attribute_of_function(*args: Any) -> None:
-    scaled.calls = 1  # type: ignore[attr-defined]
-
-
-def write_item(*args: Any) -> None:
-    scales = SCALES
-    scales[0] = 1.0
-
-
-def write_item_of_items(*args: Any) -> None:
-    SCALES[0][0] = 1.0  # type: ignore[index]
-
-
-def write_tensor(*args: Any) -> None:
-    OFFSET.add_(1)
-
-
-def write_variable(*args: Any) -> None:
-    global LAST
-    LAST += 1
-
-
-def write_in_a_function(*args: Any) -> None:
-    def inner() -> None:
-        write_variable()
-
-    inner()
-
-
-def read_all(*args: Any) -> Any:
-    return SCALES, OFFSET, LAST, Scaling, scaled
-
-
-def write_through_the_trainer(trainer: Any, *args: Any) -> None:
-    trainer.predict_dataloaders.dataset.held = 1
-
-
-def write_into_what_the_trainer_has(trainer: Any, *args: Any) -> None:
-    trainer.datamodule.rows.held.append(1)
-
-
-def read_through_the_trainer(trainer: Any, *args: Any) -> Any:
-    return trainer.predict_dataloaders.dataset.held, trainer.datamodule.tokenizer.decode(args)
-
-
-class CountsItself(Holder):
-    def __getitem__(self, index: int) -> Any:
-        self.held = index
-        return index
-
-
-WRITERS = [
-    write_attribute,
-    write_attribute_of_function,
-    write_item,
-    write_item_of_items,
-    write_tensor,
-    write_variable,
-    write_in_a_function,
-]
-
-
-def at_ends(function: Callable[..., Any]) -> Callback:
-    return LambdaCallback(on_predict_batch_end=function)
-
-
-@pytest.mark.parametrize("write", WRITERS)
-def test_global_variables_that_one_side_is_seen_to_change(write: Any) -> None:
-    assert "a batch may depend on the steps before it" in reason_against([DataLoader(Scaling())], [at_ends(write)])
-    assert reason_against([DataLoader(ROWS, collate_fn=write)], [at_ends(read_all)])
-
-
-def test_global_variables_that_nobody_is_seen_to_change() -> None:
-    assert not reason_against([DataLoader(Scaling())], [at_ends(read_all)])
-
-
-def test_a_variable_of_the_function_around_both() -> None:
-    read, write = with_variable()
-    assert "assign to the variable `last`" in reason_against([DataLoader(ROWS, collate_fn=read)], [at_ends(write)])
-    assert "assign to the variable `last`" in reason_against([DataLoader(ROWS, collate_fn=write)], [at_ends(read)])
-    other, _ = with_variable()
-    assert not reason_against([DataLoader(ROWS, collate_fn=other)], [at_ends(write)])
-
-
-def test_a_dataset_found_in_the_trainer() -> None:
-    for write in (write_through_the_trainer, write_into_what_the_trainer_has):
-        reason = reason_against([DataLoader(Holder([1.0]))], [at_ends(write)])
-        assert reason.startswith(f"`{write.__name__}` finds ")
-    reading = at_ends(read_through_the_trainer)
-    assert "finds CountsItself in the Trainer" in reason_against([DataLoader(CountsItself(1.0))], [reading])
-    assert not reason_against([DataLoader(Holder(1.0))], [reading])
 
 
 NOTHING: dict[str, Case] = {
