@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from lightning_hpu_infer._lightning import forget_indices, set_batch_sampler, users_batch_sampler
 from lightning_hpu_infer.batch import Batch
-from lightning_hpu_infer.lengths.order import GroupBy, Reordered
+from lightning_hpu_infer.lengths.order import GroupBy, Reordered, disorder
 
 GRAPH_PER_LENGTH = (
     "`group_by_length` without `bucket_lengths`: each length needs its own graph. Pass `lengths='auto'` for batches"
@@ -112,7 +112,19 @@ class Samples:
 
 def has_indices(loader: object) -> bool:
     """Whether it is known which samples of the dataset each batch of a dataloader has."""
-    return users_batch_sampler(getattr(loader, "batch_sampler", None)) is not None
+    return users_batch_sampler(getattr(loader, "batch_sampler", None)) is not None and not disorder(loader)
+
+
+def batching_of(loader: Any) -> Any:
+    """What has the `sampler` and `batch_size` of a dataloader: the user's batch sampler, or the dataloader itself."""
+    batches = users_batch_sampler(getattr(loader, "batch_sampler", None))
+    return loader if batches is None else batches
+
+
+def is_shuffled(loader: Any) -> bool:
+    """Whether a dataloader is seen to yield its samples in another order in each run."""
+    sampler = getattr(batching_of(loader), "sampler", None)
+    return isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler)
 
 
 def positions_of(samples: Sequence[Any], where: str) -> npt.NDArray[np.int64]:
@@ -150,7 +162,7 @@ def _without(loader: Any, max_batches: float, done: npt.NDArray[np.int64], where
         set_batch_sampler(wrapper, left)
         return len(found), len(left)
     size = batches.batch_size
-    samples = list(batches.sampler)[: int(min(max_batches * size, 2**62))]
+    samples = list(islice(batches.sampler, int(min(max_batches * size, 2**62))))  # It may be endless.
     batches.sampler = [sample for sample, keep in zip(samples, _not_done(samples, done, where), strict=True) if keep]
     return ceil(len(samples) / size), ceil(len(batches.sampler) / size)
 

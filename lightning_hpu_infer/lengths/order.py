@@ -1,6 +1,7 @@
 """A dataloader whose batches are of like lengths, and its predictions in the order of the dataset."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from operator import index
 from typing import Any
 
@@ -83,6 +84,20 @@ def grouped_order(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
     return [indices[position] for position in by_length]
 
 
+def disorder(loader: object) -> str:
+    """Why a dataloader may yield other batches than its batch sampler, or in another order; empty if it does not."""
+    if hands_over_any(loader):
+        return "has `in_order=False`, so its workers hand over whatever is ready first"
+    made_by = ("__iter__", "_get_iterator")
+    own = [name for name in made_by if getattr(type(loader), name, None) is not getattr(DataLoader, name)]
+    return f"has `{own[0]}` of its own" if own else ""
+
+
+def hands_over_any(loader: Any) -> bool:
+    """Whether the workers of a dataloader hand over batches in whatever order they are ready."""
+    return bool(getattr(loader, "num_workers", 0)) and not getattr(loader, "in_order", True)
+
+
 class Reordered:
     """One dataloader of a run: lets it yield samples by length, and collects predictions in their stock order.
 
@@ -92,7 +107,7 @@ class Reordered:
         by: What tells a sample's length.
 
     Raises:
-        MisconfigurationException: If the loader has not the usual batches, consecutive samples of a sampler.
+        MisconfigurationException: If the loader has not the usual batches, consecutive samples of a sampler, in order.
         TypeError: If its dataset is not map-style, or a length is no integer.
         ValueError: If a length is missing or negative.
     """
@@ -106,9 +121,14 @@ class Reordered:
                 f" {type(loader).__name__} with {type(batches or sampler).__name__}. Let DataLoader make the batches,"
                 f" {OFF}."
             )
+        if reason := disorder(loader):
+            raise MisconfigurationException(
+                f"`group_by_length` needs batches in the order of the sampler, and {type(loader).__name__} {reason}."
+                f" Use a plain DataLoader with `in_order=True`, {OFF}."
+            )
         size = batches.batch_size
-        # With a limit, the samples are those that stock Lightning would predict.
-        self._samples = list(batches.sampler)[: int(min(max_batches * size, 2**62))]
+        # With a limit, the samples are those that stock Lightning would predict. A sampler may be endless.
+        self._samples = list(islice(batches.sampler, int(min(max_batches * size, 2**62))))
         lengths = lengths_of(loader.dataset, self._samples, by)
         # Positions, not samples, since a sampler may repeat one.
         order = grouped_order(range(len(self._samples)), lengths)

@@ -1,11 +1,12 @@
 """What predictions depend on, in short: an earlier run's predictions are gone on with only if it is the same."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_hpu_infer.samples import has_indices
+from lightning_hpu_infer.samples import batching_of, has_indices
 from lightning_hpu_infer.writing.digest import code_of, digest_of
 
 
@@ -37,7 +38,11 @@ def fingerprint_of(trainer: Trainer, module: LightningModule, loaders: Sequence[
     if outside:
         found["weights and buffers outside of the state dictionary"] = digest_of(dict(sorted(outside.items())))
     streams = {
-        str(number): [trainer.world_size, getattr(loader, "batch_size", None), getattr(loader, "num_workers", 0)]
+        str(number): [
+            trainer.world_size,
+            _number(getattr(batching_of(loader), "batch_size", None)),
+            _number(getattr(loader, "num_workers", 0)),
+        ]
         for number, loader in enumerate(loaders)
         if not has_indices(loader)
     }
@@ -49,4 +54,15 @@ def fingerprint_of(trainer: Trainer, module: LightningModule, loaders: Sequence[
 def _length(loader: Any) -> int | None:
     if not has_indices(loader):
         return None
-    return len(loader.dataset)
+    try:
+        return len(loader.dataset)
+    except Exception:  # A sampler of the user's does not need it.
+        return None
+
+
+def _number(value: Any) -> int | None:
+    """An integer of any type; None for whatever else a user's own dataloader has under the name."""
+    try:
+        return index(value)
+    except Exception:
+        return None

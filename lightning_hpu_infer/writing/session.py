@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_hpu_infer.lengths.order import disorder, hands_over_any
 from lightning_hpu_infer.nested import size_of
 from lightning_hpu_infer.observer import Lane, Observer, Stage
-from lightning_hpu_infer.samples import Done, has_indices, positions_of
+from lightning_hpu_infer.samples import Done, batching_of, has_indices, is_shuffled, positions_of
 from lightning_hpu_infer.transfer import host_copy
 from lightning_hpu_infer.writing.background import Background
 from lightning_hpu_infer.writing.columns import Columns
@@ -56,6 +58,8 @@ class Session:
 
     Raises:
         FileExistsError: If the folder holds something else; or predictions, and the writer does not resume.
+        MisconfigurationException: If workers hand over batches in any order; or if predictions are there of samples
+            that are without indices and shuffled.
         RuntimeError: If another run writes to it.
         ValueError: If the predictions that are there were made with other weights, datasets or steps.
     """
@@ -63,7 +67,9 @@ class Session:
     def __init__(
         self, writer: Any, trainer: Trainer, loaders: Sequence[object], *, skips: bool, observer: Observer
     ) -> None:
+        _check_order(loaders)
         self._loaders = loaders
+        self._streams = {number for number, loader in enumerate(loaders) if not has_indices(loader)}
         self._rank, self._world = trainer.global_rank, trainer.world_size
         self._id_key = writer.id_key
         self._names = None if writer.columns is None else list(writer.columns)
@@ -81,18 +87,20 @@ class Session:
             agree=trainer.strategy.reduce_boolean_decision,
         )
         try:
+            self._check_repeatable()
             self.committed = {number: self._of_rank(number, found) for number, found in self._opened.done.items()}
             """Per dataloader, the samples that are committed: their indices in the dataset; for a dataloader without
             indices, the numbers that this rank gave them."""
-            streams = [number for number, loader in enumerate(loaders) if not has_indices(loader)]
-            starts = {number: self._opened.manifest.start_of(number) if skips else (0, 0) for number in streams}
+            starts = {number: self._opened.manifest.start_of(number) if skips else (0, 0) for number in self._streams}
             self._numbers = {number: rows for number, (rows, _) in starts.items()}
             """How many rows of each stream have got a number."""
             self.done = Done(
-                samples={number: found for number, found in self.committed.items() if number not in streams},
+                samples={number: found for number, found in self.committed.items() if number not in self._streams},
                 batches={number: batches for number, (_, batches) in starts.items() if batches},
             )
             """What the loop leaves out."""
+            self._came = {number: np.zeros(len(found), bool) for number, found in self.committed.items()}
+            """Which of the committed samples have come in this run too."""
             self._columns = Columns(writer.columns, self._opened.schema)
             self._shards = self._opened.shards(
                 rows_per_file=writer.rows_per_file,
@@ -118,18 +126,18 @@ class Session:
             loader: The index of its dataloader.
 
         Raises:
+            MisconfigurationException: If a sample comes several times and is committed.
             Exception: What went wrong in the thread with an earlier batch.
         """
         self._report()
         where = f"batch {batch_idx} of dataloader {loader}"
         stretch = None
-        if has_indices(self._loaders[loader]):
+        if loader not in self._streams:
             index = positions_of(indices or (), where)
         else:
             stretch = self._stretch(prediction, batch, batch_idx, loader, where)
             index = np.arange(stretch[0], stretch[1], dtype=np.int64) * self._world + self._rank
-        done = self.committed.get(loader)
-        keep = None if done is None else ~_isin_sorted(index, done)
+        keep = self._not_committed(index, loader)
         ids = None if self._id_key is None else host_copy(_part(batch, self._id_key, where))
         item = _Item(host_copy(prediction), index, keep, stretch, loader, ids, where, self._batches)
         self._batches += 1
@@ -169,14 +177,41 @@ class Session:
             start, end, batch = self._spans.popleft()
             self._observer.add(Stage.WRITE, Lane.WRITER, start, end, batch)
 
+    def _check_repeatable(self) -> None:
+        """Refuse to go on with samples that are known by when they came only, if they come in another order now."""
+        for number in self._streams & self._opened.done.keys():
+            if is_shuffled(self._loaders[number]):
+                raise MisconfigurationException(
+                    f"Dataloader {number} is shuffled, and which samples its batches have is not known. So it is not"
+                    " known which of them are predicted already. Let it yield them in order, predict into another"
+                    " folder, or pass `overwrite=True`."
+                )
+
+    def _not_committed(self, index: Indices, loader: int) -> npt.NDArray[np.bool_] | None:
+        """Which samples of a batch are not committed by an earlier run; None for all."""
+        done = self.committed.get(loader)
+        if done is None:
+            return None
+        found: npt.NDArray[np.bool_] = _isin_sorted(index, done)
+        places, came = np.searchsorted(done, index[found]), self._came[loader]
+        ordered = np.sort(places)
+        if len(again := [*places[came[places]], *ordered[1:][np.diff(ordered) == 0]]):
+            raise MisconfigurationException(
+                f"The sampler yields samples several times, sample {done[again[0]]} for one, and this one is predicted"
+                " already. It is not known how often. Predict into another folder, or pass `overwrite=True`."
+            )
+        came[places] = True
+        return ~found
+
     def _of_rank(self, number: int, indices: Indices) -> Indices:
-        if number < len(self._loaders) and not has_indices(self._loaders[number]):
+        if number in self._streams:
             indices = indices[indices % self._world == self._rank]
         return indices
 
     def _stretch(self, prediction: Any, batch: Any, batch_idx: int, loader: int, where: str) -> Stretch:
         """Where a batch's rows are in its stream, of which each rank counts its own."""
-        collated = getattr(self._loaders[loader], "batch_size", None) is not None
+        loads, batching = self._loaders[loader], batching_of(self._loaders[loader])
+        collated = batching is not loads or getattr(loads, "batch_size", None) is not None
         rows = rows_of(prediction, batch, self._names, collated=collated)
         if rows is None:
             raise MisconfigurationException(
@@ -195,6 +230,21 @@ def _isin_sorted(values: Indices, found: Indices) -> Any:
         return np.zeros(len(values), bool)
     at = np.searchsorted(found, values)
     return (at < len(found)) & (found[np.minimum(at, len(found) - 1)] == values)
+
+
+def _check_order(loaders: Sequence[Any]) -> None:
+    for number, loader in enumerate(loaders):
+        if hands_over_any(loader):
+            raise MisconfigurationException(
+                f"Dataloader {number} has `in_order=False`, so its workers hand over whatever is ready first, and"
+                " `PredictionWriter` cannot tell which samples a batch has. Leave `in_order` out, or pass"
+                " `num_workers=0`."
+            )
+        if batching_of(loader) is not loader and (reason := disorder(loader)):
+            rank_zero_warn(
+                f"Dataloader {number}, of class {type(loader).__name__}, {reason}, so which samples its batches have is"
+                " not known. They are numbered in the order in which they come. If that matters, pass `id_key`."
+            )
 
 
 def _part(batch: Any, name: str, where: str) -> Any:

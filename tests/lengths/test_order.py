@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler, Subset
 
 from lightning_hpu_infer import HPUInferenceAccelerator, PadSpec
 from lightning_hpu_infer.lengths.order import grouped_order, lengths_of
@@ -255,6 +256,22 @@ def test_a_limit_takes_the_samples_that_stock_takes(limit: float) -> None:
     assert_equal(predict(accelerator, Mean(), loader(), limit_predict_batches=limit), expected)
 
 
+class Forever(Sampler[int]):
+    """Fails if it is asked for much more than two batches need."""
+
+    def __iter__(self) -> Any:
+        for place in count():
+            assert place < 20, "asked for all of an endless sampler"
+            yield place % 7
+
+
+def test_an_endless_sampler_up_to_the_limit() -> None:
+    loaders = loader(sampler=Forever())
+    expected = predict("cpu", Mean(), loaders, limit_predict_batches=2)
+    accelerator = HPUInferenceAccelerator(group_by_length="words")
+    assert_equal(predict(accelerator, Mean(), loaders, limit_predict_batches=2), expected)
+
+
 def test_worker_processes() -> None:
     loaders = loader(num_workers=1)
     expected = predict("cpu", Mean(), loader())
@@ -318,6 +335,15 @@ class Endless(IterableDataset[dict[str, Any]]):
         return (Sentences()[i] for i in range(4))
 
 
+class Backwards(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__())[::-1])
+
+
+class AnyOrder(DataLoader[Any]):
+    in_order = property(lambda self: False, lambda self, value: None)  # an argument since torch 2.6
+
+
 @pytest.mark.parametrize(
     ("loaders", "error", "message"),
     [
@@ -328,9 +354,11 @@ class Endless(IterableDataset[dict[str, Any]]):
             MisconfigurationException,
             "with Own",
         ),
+        (Backwards(Sentences(), 2), MisconfigurationException, "Backwards has `__iter__` of its own"),
+        (AnyOrder(Sentences(), 2, num_workers=1), MisconfigurationException, "AnyOrder has `in_order=False`"),
         (DataLoader(Sentences(), 2), ValueError, "under 'text'"),
     ],
-    ids=["iterable dataset", "list", "own batch sampler", "key that is not there"],
+    ids=["iterable dataset", "list", "own batch sampler", "own batches", "any order", "key that is not there"],
 )
 def test_what_cannot_be_grouped_is_refused(loaders: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
