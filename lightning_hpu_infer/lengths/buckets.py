@@ -39,7 +39,7 @@ class Buckets:
         self.spec: PadSpec = config.pad_spec
         # What nobody has said has to be seen.
         self._is_guess = config.lengths == "auto" and config.pad_spec == PadSpec.tokenizer()
-        self._evidence: Evidence | None = Evidence() if self._is_guess else None
+        self._evidence: Evidence | None = Evidence(in_order=False) if self._is_guess else None
         self._config = config
         self.chosen: list[int] | None = None
         """The buckets, ascending; None while "auto" still observes."""
@@ -61,7 +61,7 @@ class Buckets:
         """
         self.real = self.padded = 0
         self._grouped, self._expected = bool(expected), None
-        self._evidence = Evidence() if self._is_guess else None
+        self._evidence = Evidence(in_order=True) if self._is_guess else None
         if self.chosen is None and self._seen:
             self._choose(self._seen)
         elif self.chosen is None and expected:

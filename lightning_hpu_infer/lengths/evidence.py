@@ -16,14 +16,20 @@ class Evidence:
     """Lets batches be padded once it is seen that this can be undone.
 
     That is: the collate function pads on the right, so that the model expects padding there; and batches of different
-    lengths have run, whose outputs tell whether they have a value per token.
+    lengths have run, whose outputs tell whether they have a value per token. `length_for` and `check` may be called by
+    a thread each.
+
+    Args:
+        in_order: Whether batches run in the order in which they are prepared, and the first error ends the run, as in a
+            Trainer's. Else a batch that was prepared may run later, or never, and counts once its output was seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_order: bool) -> None:
+        self._in_order = in_order
         self._pads_right = False
-        self._lengths: set[int] = set()
+        self._lengths: frozenset[int] = frozenset()
         self._sizes: dict[int, dict[_Place, int]] = {}
-        self._is_done = False
+        self._is_done = self._refuses = False
 
     def length_for(self, batch: Any, length: int, bucket: int) -> int:
         """The length that a batch is to have: that of its bucket, or its own while too little is known.
@@ -32,9 +38,9 @@ class Evidence:
             ValueError: If its padding cannot be told, or is on the left.
         """
         self._look_at(batch)
-        enough = self._pads_right and len(self._lengths | {bucket}) > 1
-        found = bucket if enough else length
-        self._lengths.add(found)
+        found = bucket if self._pads_right and self._lengths - {bucket} else length
+        if self._in_order:
+            self._lengths |= {found}
         return found
 
     def check(self, output: Any, length: int, padded: int) -> None:
@@ -49,19 +55,23 @@ class Evidence:
         if length == padded:
             if len(self._sizes) < 2:
                 self._sizes.setdefault(length, sizes)
+            if not self._in_order:
+                self._lengths = frozenset(self._sizes)
             return
         for other, found in self._sizes.items():
             if other == padded:
                 continue
-            self._is_done = True
             for (path, dim), size in sizes.items():
                 if padded - size == other - found.get((path, dim), -1):
+                    self._refuses = True
                     name = f" at `{'.'.join(path)}`" if path else ""
                     raise ValueError(
                         f"The output{name} has the padded length in dimension {dim}: {size} for a batch of length"
                         f" {length} that `lengths='auto'` has padded to {padded}. Name it, with the dimension, in"
                         " `outputs` of a `pad_spec`, by which it is cut; or leave out `lengths`."
                     )
+            # What was refused once is looked at for as long as batches come.
+            self._is_done = not self._refuses
 
     def _look_at(self, batch: Any) -> None:
         parts = parts_of(batch) or {}

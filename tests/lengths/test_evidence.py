@@ -1,6 +1,8 @@
 """`lengths="auto"` pads only what can be seen to bear it: else predictions are stock's, or there is an error."""
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -8,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, PadSpec
+from lightning_hpu_infer import HPUInferenceAccelerator, InferenceConfig, InferencePipeline, PadSpec
 from lightning_hpu_infer.lengths.buckets import Buckets
-from tests.helpers import Net, assert_equal, predict
+from tests.helpers import Broken, Net, assert_equal, predict
 
 MANY = [3, 20, 7, 31, 12, 5, 9, 17, 2, 28, 14, 6]
 TWO = [5] * 4 + [6] * 4
@@ -169,3 +171,98 @@ class Stream(IterableDataset[Any]):
 def test_messages_say_to_leave_out_the_flag_that_was_given(show: Any, data: DataLoader[Any]) -> None:
     with pytest.raises(Exception, match="pass `group_by_length=None`, and no `lengths`"):
         predict(HPUInferenceAccelerator(lengths="auto"), Model(show), data)
+
+
+# Without a Trainer a batch may fail, be cancelled, or run in another order, and the others go on.
+
+
+def batch_of(length: int, value: int = 1) -> dict[str, Tensor]:
+    """Two sentences, of which the second one is shorter."""
+    return padded([{"input_ids": torch.full((n,), value)} for n in (length, length - 1)])
+
+
+class PerToken(nn.Module):
+    """Gives a value per token; fails on a 9, and waits until it may begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_begin, self.entered = threading.Event(), threading.Event()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        self.entered.set()
+        assert self.may_begin.wait(60)
+        if (batch["input_ids"] == 9).any():
+            raise Broken("a 9")
+        return batch["input_ids"] * batch["attention_mask"]
+
+
+def one_by_one(pipeline: InferencePipeline, model: PerToken) -> list[Future[Any]]:
+    return []
+
+
+def behind_an_error(pipeline: InferencePipeline, model: PerToken) -> list[Future[Any]]:
+    return [pipeline.submit(batch_of(7, 9)), pipeline.submit(batch_of(20))]
+
+
+def behind_one_that_is_cancelled(pipeline: InferencePipeline, model: PerToken) -> list[Future[Any]]:
+    model.may_begin.clear()
+    first = pipeline.submit(batch_of(7, 9))
+    assert model.entered.wait(60)
+    second = pipeline.submit(batch_of(9))
+    assert second.cancel()
+    return [first, pipeline.submit(batch_of(20))]
+
+
+def from_threads(pipeline: InferencePipeline, model: PerToken) -> list[Future[Any]]:
+    model.may_begin.clear()
+    barrier = threading.Barrier(6)
+
+    def submit(length: int) -> Future[Any]:
+        barrier.wait(60)
+        return pipeline.submit(batch_of(length))
+
+    with ThreadPoolExecutor(6) as threads:
+        return list(threads.map(submit, [7, 20, 10, 33, 21, 13]))
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.filterwarnings("ignore:A part of `predict_step` runs without an HPU graph")
+@pytest.mark.parametrize("begin", [one_by_one, behind_an_error, behind_one_that_is_cancelled, from_threads])
+def test_a_pipeline_hands_out_no_output_of_another_length_however_often_it_is_asked(begin: Any) -> None:
+    def length_of(future: Future[Any]) -> int | None:
+        return None if isinstance(future.exception(60), ValueError | Broken) else future.result().shape[1]
+
+    model = PerToken()
+    model.may_begin.set()
+    with InferencePipeline(model, config=InferenceConfig(lengths="auto")) as pipeline:
+        first = begin(pipeline, model)
+        model.may_begin.set()
+        wait(first)
+        assert {length_of(future) for future in first} <= {7, 20, 10, 33, 21, 13, None}
+        lengths = [7, 19, 8, 10, 33, 21, 35]
+        found = [length_of(pipeline.submit(batch_of(length))) for length in lengths]
+        assert all(each in (None, length) for each, length in zip(found, lengths, strict=True))
+        # Until two lengths were seen they are as they are, and afterwards each is refused that would be padded.
+        assert found[2] == 8
+        assert found[3:] == [None] * 4
+        for _ in range(2):
+            with pytest.raises(ValueError, match="has the padded length in dimension 1"):
+                list(pipeline.predict([batch_of(10)]))
+
+
+@pytest.mark.usefixtures("device")
+def test_a_pipeline_pads_once_a_batch_of_another_length_was_seen() -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            self.seen.append(batch["input_ids"].shape[1])
+            return (batch["input_ids"] * batch["attention_mask"]).sum(1)
+
+    model = Pooled()
+    with InferencePipeline(model, config=InferenceConfig(lengths="auto", hpu_graphs=False)) as pipeline:
+        for length in (7, 7, 9, 10, 17, 16):
+            assert pipeline.submit(batch_of(length)).result(60).tolist() == [length, length - 1]
+    assert model.seen == [7, 8, 16, 16, 24, 16]  # a batch of another length shows enough
