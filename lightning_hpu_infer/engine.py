@@ -27,7 +27,7 @@ from lightning_hpu_infer.source import warm_up
 from lightning_hpu_infer.step import DeviceStep, inside
 from lightning_hpu_infer.transfer import AsyncOutputs, PendingOutput, pin
 from lightning_hpu_infer.tuning import WhilePredicting
-from lightning_hpu_infer.work import CLOSED, FORKED, Work
+from lightning_hpu_infer.work import CLOSED, FORKED, Result, Work
 
 _JOIN_SECONDS = 10.0
 _END: Any = object()
@@ -114,6 +114,10 @@ class Engine:
     def is_this_thread(self) -> bool:
         """Whether the caller is this engine's thread, which must not wait for itself."""
         return threading.current_thread() is self._thread
+
+    def result(self) -> Result:
+        """A future of this thread."""
+        return Result(self._thread.ident)
 
     def check_process(self) -> None:
         """Refuse to wait for a thread that is not there.

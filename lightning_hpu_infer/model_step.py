@@ -60,7 +60,8 @@ def model_step(model: Model, device: torch.device, precision: str) -> ModelStep:
     Of a LightningModule, `configure_model` is called. Hooks that take a Trainer, or belong to its run, are not.
 
     Args:
-        model: A module, or a function without arguments that makes one. It is set to eval mode.
+        model: A module, or a function without arguments that makes one. It is set to eval mode, but for parts of it
+            that `torch.export` has made.
         device: Where it runs.
         precision: See `autocast`.
 
@@ -76,7 +77,8 @@ def model_step(model: Model, device: torch.device, precision: str) -> ModelStep:
             f" {type(module).__name__}."
         )
     if not isinstance(module, LightningModule):
-        module.eval().to(device)
+        _set_to_eval(module)
+        module.to(device)
         return ModelStep(module, _without_index(module), context, None, partial(_moved, device))
     if uses_dataloader_iter(module):
         raise TypeError("A `predict_step` that takes `dataloader_iter` fetches its batches itself. It needs a Trainer.")
@@ -86,8 +88,18 @@ def model_step(model: Model, device: torch.device, precision: str) -> ModelStep:
             " `transfer_batch_to_device` instead."
         )
     module.configure_model()
-    module.eval().to(device)
+    _set_to_eval(module)
+    module.to(device)
     return ModelStep(module, _predict_step(module), context, _convert(module), partial(_transferred, module, device))
+
+
+def _set_to_eval(module: nn.Module) -> None:
+    """Set a module to eval mode; what `torch.export` has made stays as it was exported, and refuses to be set."""
+    try:
+        module.eval()
+    except NotImplementedError:
+        for part in module.children():
+            _set_to_eval(part)
 
 
 def _without_index(module: nn.Module) -> Callable[[Any, int], Any]:

@@ -4,13 +4,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import count
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
@@ -51,7 +52,7 @@ class InferencePipeline:
 
     Raises:
         Exception: Whatever the function that makes the model raises.
-        MisconfigurationException: If the device cannot do what `hpu_graphs` asks for.
+        MisconfigurationException: If there is no HPU and `device` is one, or it cannot do what `hpu_graphs` asks for.
         TypeError: If there is no module, or `postprocess` cannot be sent to other processes.
         ValueError: If `config` has an option that needs a Trainer's dataloaders, or another value is out of its range.
 
@@ -88,6 +89,11 @@ class InferencePipeline:
             )
         self.device: torch.device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         self._on_hpu = self.device.type == _habana.DEVICE_TYPE
+        if self._on_hpu and not _habana.is_available():
+            raise MisconfigurationException(
+                f"`device={str(device)!r}`, and there is no HPU here. On a Gaudi machine, install Habana's PyTorch"
+                " bridge; elsewhere pass `device='cpu'`, or set LIGHTNING_HPU_INFER_EMULATOR=1 to try it without one."
+            )
         self._max_pending = max_pending
         self._when_full = when_full
         self._pushed: deque[Future[Any]] = deque()
@@ -120,7 +126,9 @@ class InferencePipeline:
         return self._engine.report
 
     def close(self, *, cancel: bool = False) -> None:
-        """Compute what was submitted, release the graphs and leave the model as it was. May be called again.
+        """Compute what was submitted and release the graphs. May be called again.
+
+        The model stays in eval mode and on the device, with nothing of the pipeline's on it.
 
         Threads that wait for room in `submit` get an error.
 
@@ -150,7 +158,8 @@ class InferencePipeline:
         """
         self._check_caller()
         self._room.enter()
-        work = Work(next(self._indices), batch, next(self._submitted), on_end=self._room.leave)
+        index, future = next(self._indices), self._engine.result()
+        work = Work(index, batch, next(self._submitted), on_end=self._room.leave, future=future)
         try:
             self._prepare(work)
             self._engine.submit(work)
@@ -182,11 +191,13 @@ class InferencePipeline:
 
         Raises:
             IndexError: If every batch pushed was popped.
-            RuntimeError: If the batch was cancelled as the pipeline was closed, or this process was forked.
+            RuntimeError: If the batch was cancelled as the pipeline was closed, this process was forked, or this is the
+                pipeline's own thread, in which callbacks of futures run.
         """
         if not self._pushed:
             raise IndexError("Nothing is in flight: every batch that was pushed has been popped. Push one first.")
         self._engine.check_process()
+        _wait(self._pushed[0])  # which stays the oldest if this is interrupted
         return _result(self._pushed.popleft())
 
     # Many batches
@@ -197,14 +208,17 @@ class InferencePipeline:
         Their number is bounded by `prefetch` and `in_flight`. An error, of `batches` or of the model, is raised after
         the results of all batches before it. A generator that is closed early cancels the batches that it is ahead.
 
+        Batches are asked for before your loop has had the results of those before them. Where what it does decides what
+        comes next, pass `prefetch=0` and `in_flight=0` in the config, or call `submit`.
+
         Args:
             batches: Any iterable, also an endless one. A thread asks for them if `prefetch`.
             window: Of so many batches at a time the longest is computed first, and so on. More than 1 needs `pad_spec`,
                 which tells a batch's length.
 
         Raises:
-            RuntimeError: If the pipeline is closed, this thread has modes that the pipeline's has not, or this process
-                was forked after the pipeline was made.
+            RuntimeError: If the pipeline is closed, this thread has modes that the pipeline's has not, or is the
+                pipeline's own; or if this process was forked after the pipeline was made.
             ValueError: If `window` is out of its range, or there is no `pad_spec`.
         """
         if window < 1:
@@ -224,9 +238,10 @@ class InferencePipeline:
         engine, results = self._engine, InOrder()
         overlaps = self._may_overlap(batches)
         depth = self.config.prefetch_depth(self.device.type) if overlaps else 0
-        prepared = Prefetcher(self._prepared(batches, window), depth, torch.inference_mode)
+        ends: list[BaseException] = []
+        prepared = Prefetcher(_noting(self._prepared(batches, window), ends), depth, torch.inference_mode)
         taken: deque[tuple[int, Future[Any]]] = deque()
-        failed: Exception | None = None
+        failed: BaseException | None = None
         with self._tuned(prepared) if overlaps else nullcontext(lambda: None) as tune:
             try:
                 with prepared:
@@ -238,7 +253,9 @@ class InferencePipeline:
                             if not work.future.done():
                                 engine.submit(work)
                             taken.append((place, work.future))
-                        except Exception as error:
+                        except BaseException as error:
+                            if not isinstance(error, Exception) and not any(error is end for end in ends):
+                                raise  # Ctrl-C, while this thread waits
                             failed = error
                         tune()
                         while len(taken) > (engine.ahead if overlaps else 0):
@@ -270,10 +287,10 @@ class InferencePipeline:
         if window > 1:
             fetched = ((index, self._prepare.convert(batch, index, owns=reused)) for index, batch in fetched)
         for place, (index, batch) in longest_first(fetched, window, lambda item: self._buckets.spec.length_of(item[1])):
-            work = Work(index, batch, place)
+            work = Work(index, batch, place, future=self._engine.result())
             try:
                 self._prepare(work, converts=window == 1, owns=reused and window == 1)
-            except Exception as error:
+            except BaseException as error:
                 if window == 1:
                     raise
                 work.fail(error)  # batches before it may come behind it
@@ -321,6 +338,21 @@ class InferencePipeline:
             )
 
 
+def _noting(batches: Iterator[tuple[int, Work]], ends: list[BaseException]) -> Iterator[tuple[int, Work]]:
+    """The batches; takes down what ends them, in whichever thread that is."""
+    try:
+        yield from batches
+    except BaseException as error:
+        ends.append(error)
+        raise
+
+
+def _wait(future: "Future[Any]") -> None:
+    """Wait until it is done, whatever comes of it."""
+    with suppress(CancelledError):
+        future.exception()
+
+
 def _result(future: "Future[Any]") -> Any:
     try:
         return future.result()
@@ -337,5 +369,5 @@ def _content(work: Any) -> Any:
 
 def _awaited(place: int, future: "Future[Any]") -> tuple[int, Callable[[], Any]]:
     """A result that is there, for when its turn comes."""
-    wait([future])
+    _wait(future)
     return place, partial(_result, future)

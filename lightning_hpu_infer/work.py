@@ -14,11 +14,45 @@ _log = logging.getLogger(__name__)
 CLOSED = "This pipeline is closed: make another one."
 FORKED = "This pipeline was made before this process was forked, which has no thread of it: make one in each process."
 _WHEN_FULL = "Wait for a result first, or pass `when_full='wait'`."
+_WAITS = (
+    "The pipeline's own thread, in which callbacks of futures and the model run, would wait for a result that it has to"
+    " compute itself. Wait in another thread, or in the callback of that result."
+)
 _IN_CALLBACK = "The pipeline's own thread, in which callbacks of futures run, cannot wait: submit from another one."
 
 
-class _Result(Future[Any]):
-    """A future whose callbacks cannot end the thread that calls them."""
+class Result(Future[Any]):
+    """A future whose callbacks cannot end the thread that calls them, and which that thread does not wait for.
+
+    Args:
+        thread: The identifier of the thread that computes it.
+    """
+
+    def __init__(self, thread: int | None = None) -> None:
+        super().__init__()
+        self._thread = thread
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for it.
+
+        Raises:
+            RuntimeError: If it would be waited for without an end.
+        """
+        self._check(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for its error.
+
+        Raises:
+            RuntimeError: If it would be waited for without an end.
+        """
+        self._check(timeout)
+        return super().exception(timeout)
+
+    def _check(self, timeout: float | None) -> None:
+        if timeout is None and self._thread == threading.get_ident() and not self.done():
+            raise RuntimeError(_WAITS)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Have a function called when the result is there."""
@@ -50,7 +84,7 @@ class Work:
     """Its length before and after padding; None if it was not padded."""
     on_end: Callable[[], object] | None = None
     """Called before the future is done, when the batch takes up no place any more."""
-    future: Future[Any] = field(default_factory=_Result)
+    future: Future[Any] = field(default_factory=Result)
 
     def __str__(self) -> str:
         """Its name in messages."""

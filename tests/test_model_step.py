@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -74,6 +75,22 @@ def test_what_needs_a_trainer_is_refused() -> None:
         InferencePipeline(Fetches(), "cpu")
     with pytest.raises(TypeError, match="Handles overrides `_apply_batch_transfer_handler`"):
         InferencePipeline(Handles(), "cpu")
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["itself", "a part"])
+def test_what_torch_has_exported_is_taken_as_it_is(inside: bool, device: str) -> None:
+    exported = torch.export.export(Net().net, (Rows(2).rows,)).module()
+    model: Any = exported
+    if inside:
+        model = nn.Sequential(exported, nn.Dropout(0.9))
+    truth = [predict("cpu", Net(), rows(6, 2))[index] for index in range(3)]
+    with InferencePipeline(model) as pipeline:
+        assert_equal(list(pipeline.predict(rows(6, 2))), truth)
+
+
+def test_a_device_that_is_not_here_is_refused_in_words() -> None:
+    with pytest.raises(MisconfigurationException, match=r"`device='hpu:0'`, and there is no HPU here.*device='cpu'"):
+        InferencePipeline(Net(), "hpu:0")
 
 
 def test_a_function_for_a_model_runs_outside_of_inference_mode() -> None:

@@ -1,5 +1,6 @@
 """In which order a pipeline asks for batches and prepares them, where that could change results."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +84,54 @@ def test_whoever_asks_for_the_thread_gets_it(caplog: pytest.LogCaptureFixture) -
         assert_equal(list(pipeline.predict(list(Rows(7).rows))), list(Rows(7).rows))
     assert threading.main_thread() not in threads
     assert "No batch is prepared ahead" not in caplog.text
+
+
+# What ends the source
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, Broken])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("flags", [{}, {"prefetch": 2}, {"prefetch": 0, "in_flight": 3}], ids=str)
+def test_rule_10_whatever_ends_the_source_comes_after_the_outputs_before_it(
+    flags: dict[str, Any], window: int, kind: type[BaseException]
+) -> None:
+    def faulty() -> Iterator[dict[str, Tensor]]:
+        yield from map(sentence, [3, 5, 4, 2])
+        raise kind
+
+    with torch.inference_mode():
+        truth = [Lookup().predict_step(sentence(length), 0) for length in [3, 5, 4, 2]]
+    config = InferenceConfig(bucket_lengths=[4, 10], pad_spec="tokenizer", hpu_graphs=False, **flags)
+    found: list[Tensor] = []
+    with InferencePipeline(Lookup(), config=config) as pipeline:
+        with pytest.raises(kind):
+            found.extend(pipeline.predict(faulty(), window=window))
+        assert_equal(found, truth)
+        assert_equal(list(pipeline.predict([sentence(3)])), truth[:1])
+
+
+def test_ctrl_c_while_a_batch_is_awaited_ends_it_at_once() -> None:
+    """Results that are there are not handed out first, and the thread ends."""
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def source() -> Iterator[Tensor]:
+        yield from Rows(2).rows
+        waits.set()
+        assert goes_on.wait(60)
+
+    def interrupt() -> None:
+        assert waits.wait(60)
+        signal.raise_signal(signal.SIGINT)
+        goes_on.set()
+
+    found: list[Tensor] = []
+    with InferencePipeline(nn.Identity(), config=InferenceConfig(prefetch=4, in_flight=3)) as pipeline:
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            found.extend(pipeline.predict(source()))
+        interrupter.join()
+    assert found == []
 
 
 # Errors within a window

@@ -20,13 +20,13 @@ def longest_first(batches: Iterable[Any], window: int, length_of: Callable[[Any]
     if window == 1:
         yield from numbered
         return
-    failed: Exception | None = None
+    failed: BaseException | None = None
     while failed is None:
         found: list[tuple[int, int, Any]] = []
         try:
             for place, batch in islice(numbered, window):
                 found.append((-length_of(batch), place, batch))
-        except Exception as error:  # what came before it is kept
+        except BaseException as error:  # what came before it is kept
             failed = error
         if not found:
             break
