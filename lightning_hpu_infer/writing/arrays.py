@@ -13,13 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_hpu_infer.nested import parts_of
+from lightning_hpu_infer.writing.leaves import UnfitError, leaves, of_numpy
 
 _PLAIN = (bool, int, float, str, bytes)
-_ARROW_ERRORS = (pa.ArrowException, TypeError, ValueError, OverflowError)
-
-
-class UnfitError(ValueError):
-    """A value that is no column, and why, in words."""
 
 
 def array_of(value: Any, rows: int, column: str) -> pa.Array:
@@ -82,7 +78,9 @@ def _unpacked(value: Any) -> Any:
     """Lists in place of what holds its samples one by one."""
     if isinstance(value, Tensor) and value.is_nested:
         return list(value.unbind())
-    if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
+    if isinstance(value, set | frozenset):
+        return list(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind not in ("biufcMm" if value.ndim == 1 else "biufc"):
         return value.tolist() if value.dtype.kind in "OUS" and value.ndim else list(value) if value.ndim else value[()]
     return value
 
@@ -121,23 +119,16 @@ def _dense(array: NDArray[Any], rows: int, column: str) -> pa.Array:
         )
     shape = array.shape[1:]
     if not shape:
-        return _of_numpy(array, column)
+        return of_numpy(array, column)
     if not prod(shape):
         raise UnfitError(
             f"Column {column!r} has shape {list(array.shape)}, which holds no values. Return a list with one tensor per"
             " sample if their sizes vary."
         )
     # Arrow's tensors are made of whole bytes.
-    values = _of_numpy((array.view(np.uint8) if array.dtype == bool else array).reshape(-1), column)
+    values = of_numpy((array.view(np.uint8) if array.dtype == bool else array).reshape(-1), column)
     storage = pa.FixedSizeListArray.from_arrays(values, prod(shape))
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(values.type, shape), storage)
-
-
-def _of_numpy(array: NDArray[Any], column: str, mask: NDArray[Any] | None = None) -> pa.Array:
-    try:
-        return pa.array(array, mask=mask)
-    except _ARROW_ERRORS as error:
-        raise UnfitError(f"Column {column!r} is an array of {array.dtype}, which has no type of Arrow's.") from error
 
 
 def _per_sample(values: list[Any], column: str) -> pa.Array:
@@ -145,7 +136,7 @@ def _per_sample(values: list[Any], column: str) -> pa.Array:
     if first is None:
         return pa.nulls(len(values))
     if isinstance(first, _PLAIN):
-        return _leaves(values, column)
+        return leaves(values, column)
     values = [_unpacked(value) for value in values]
     kinds = {_kind(value) for value in values if value is not None}
     if len(kinds) > 1:
@@ -163,7 +154,7 @@ def _per_sample(values: list[Any], column: str) -> pa.Array:
         names = dict.fromkeys(chain.from_iterable(parts))
         children = {name: _per_sample([part.get(name) for part in parts], f"{column}.{name}") for name in names}
         return _struct(children, len(values), mask)
-    return _leaves(values, column)
+    return leaves(values, column)
 
 
 def _kind(value: Any) -> str:
@@ -174,13 +165,6 @@ def _kind(value: Any) -> str:
     return "values" if parts_of(value) is None else "dicts"
 
 
-def _leaves(values: list[Any], column: str) -> pa.Array:
-    try:
-        return pa.array(values)
-    except _ARROW_ERRORS as error:
-        raise UnfitError(f"Column {column!r} has no type of Arrow's: {error}") from error
-
-
 def _ragged(arrays: list[NDArray[Any] | None], mask: NDArray[Any] | None, column: str) -> pa.Array:
     present = [array for array in arrays if array is not None]
     dtype, dims = present[0].dtype, present[0].ndim
@@ -189,8 +173,8 @@ def _ragged(arrays: list[NDArray[Any] | None], mask: NDArray[Any] | None, column
         raise UnfitError(f"Column {column!r} holds tensors of several kinds: {', '.join(kinds)}.")
     filled = [np.zeros((0,) * dims if dims else (), dtype) if array is None else array for array in arrays]
     if not dims:
-        return _of_numpy(np.stack(filled), column, mask)
-    array = _of_numpy(np.concatenate([each.reshape(-1) for each in filled]), column)
+        return of_numpy(np.stack(filled), column, mask)
+    array = of_numpy(np.concatenate([each.reshape(-1) for each in filled]), column)
     for axis in reversed(range(dims)):
         lengths = np.repeat([each.shape[axis] for each in filled], [prod(each.shape[:axis]) for each in filled])
         array = _lists(array, lengths, None if axis else mask)

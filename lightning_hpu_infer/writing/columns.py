@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_hpu_infer.nested import parts_of
 from lightning_hpu_infer.writing import check_columns
-from lightning_hpu_infer.writing.arrays import UnfitError, array_of, by_name, is_sequence
+from lightning_hpu_infer.writing.arrays import array_of, by_name, is_sequence
+from lightning_hpu_infer.writing.leaves import UnfitError
 from lightning_hpu_infer.writing.schemas import conform, widened
 
 INDEX, LOADER, ID = "index", "dataloader_idx", "id"
@@ -129,7 +130,7 @@ class Columns:
                 raise UnfitError(_misfit(name, expected, arrays[name].type))
         if self._schema is None or [kind for _, _, kind in types] != self._schema.types:
             self._schema = pa.schema([(name, kind) for name, _, kind in types])
-        fitted = [conform(arrays[field.name], field.type) for field in self._schema]
+        fitted = [_conformed(arrays[field.name], field) for field in self._schema]
         return pa.RecordBatch.from_arrays(fitted, schema=self._schema)
 
 
@@ -162,6 +163,15 @@ def _refuse_ambiguous(prediction: Sequence[Any], rows: int) -> None:
             f"A tuple of {rows} tensors with {rows} rows each, for {rows} samples, could be one tensor per sample or"
             " several for the batch. Return a list for the former and a dict for the latter."
         )
+
+
+def _conformed(array: pa.Array, field: pa.Field) -> pa.Array:
+    try:
+        return conform(array, field.type)
+    except pa.ArrowException as error:
+        raise UnfitError(
+            f"Column {field.name!r} is no {field.type}, as it was in batches before it: {error}"
+        ) from error
 
 
 def _misfit(name: str, expected: pa.DataType, found: pa.DataType) -> str:

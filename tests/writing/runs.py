@@ -9,8 +9,11 @@ import torch
 from pyarrow import parquet
 
 from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.manifest import Manifest
 from lightning_hpu_infer.writing.opening import Opened, open_path
+from lightning_hpu_infer.writing.read import read_predictions
 from lightning_hpu_infer.writing.shards import Shards
+from lightning_hpu_infer.writing.storage import LocalStorage
 
 
 def value_of(index: int) -> float:
@@ -57,6 +60,16 @@ def run(
         shards.close(complete=complete)
     finally:
         each.release()
+
+
+def read_again(path: Path, batches: Sequence[Any], rows: int) -> Any:
+    """Write these batches, and read them."""
+    shards = Shards(LocalStorage(path), Manifest(rank=0, world=1, fingerprint={}))
+    columns = Columns()
+    for number, batch in enumerate(batches):
+        shards.write(columns.batch(batch, rows, range(number * rows, (number + 1) * rows), 0))
+    shards.close(complete=True)
+    return read_predictions(path)
 
 
 def in_files(path: Path) -> list[int]:

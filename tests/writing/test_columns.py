@@ -198,7 +198,7 @@ def test_columns_are_chosen_and_renamed() -> None:
         ((torch.ones(3), torch.ones(3), torch.ones(3)), "could be one tensor per sample or several"),
         ({"index": torch.ones(3)}, "'index' is the writer's own"),
         ({1: [1, 2, 3], "1": [1, 2, 3]}, "several parts of one name"),
-        ([1, "a", 2], "'prediction' has no type of Arrow's"),
+        ([1, "a", 2], "'prediction' holds values of several kinds: numbers and strings"),
         ([object()] * 3, "'prediction' has no type of Arrow's"),
         ([[1], {"x": 1}, 2], "values of several kinds: dicts and lists and values"),
         ([torch.ones(1), torch.ones(1, 1), torch.ones(1)], "tensors of several kinds"),

@@ -1,6 +1,5 @@
 """Whatever a step returns is what is read again."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lightning_hpu_infer.writing.columns import Columns
-from lightning_hpu_infer.writing.manifest import Manifest
-from lightning_hpu_infer.writing.read import read_predictions
-from lightning_hpu_infer.writing.shards import Shards
-from lightning_hpu_infer.writing.storage import LocalStorage
+from tests.writing.runs import read_again
 
 LEAVES = st.sampled_from(
     [
@@ -42,16 +37,6 @@ def values_of_one_type(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 KINDS = st.recursive(LEAVES, values_of_one_type, max_leaves=5)
 DTYPES = st.sampled_from(["i1", "i8", "u4", "u8", "f2", "f4", "f8", "?"])
-
-
-def read_again(path: Path, batches: Sequence[Any], rows: int) -> Any:
-    """Write these batches, and read them."""
-    shards = Shards(LocalStorage(path), Manifest(rank=0, world=1, fingerprint={}))
-    columns = Columns()
-    for number, batch in enumerate(batches):
-        shards.write(columns.batch(batch, rows, range(number * rows, (number + 1) * rows), 0))
-    shards.close(complete=True)
-    return read_predictions(path)
 
 
 @settings(max_examples=60)
