@@ -20,18 +20,24 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+# Not ours: a DataLoader's feeder thread lives until its iterator is collected, tqdm's monitor for ever.
+_STAYING = {"QueueFeederThread", "tqdm_monitor"}
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
     """A test leaves threads, environment variables, the emulator and the log's levels as it found them."""
     before = _surroundings()
     yield
+    for thread in threading.enumerate():
+        if thread.name not in before[0] | _STAYING:
+            thread.join(10)  # rich tells its thread to end, and does not wait for that
     assert _surroundings() == before
 
 
 def _surroundings() -> tuple[set[str], dict[str, str], bool, tuple[int, int]]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    # Not ours: a DataLoader's feeder thread lives until its iterator is collected, tqdm's monitor for ever.
-    threads = {thread.name for thread in threading.enumerate()} - {"QueueFeederThread", "tqdm_monitor"}
+    threads = {thread.name for thread in threading.enumerate()} - _STAYING
     levels = logging.root.manager.disable, logging.getLogger("lightning.pytorch").level
     return threads, environment, emulator.is_installed(), levels
 

@@ -157,12 +157,11 @@ class Program:
             self.output in ("argmax", "mask") or self.network in ("branch", "embedding") or self.step == "item"
         ):
             program = replace(program, precision="32-true", step="plain")
-        if self.augments and (self.network in ("dropout", "random") or self.workers):
-            program = replace(program, augments=False)  # in which order numbers are drawn is not promised
-        if self.network in ("dropout", "random") and self.loaders > 1:
-            program = replace(
-                program, loaders=1
-            )  # each loader draws a seed when it begins, which may be ahead of steps
+        if self.augments and self.workers:
+            program = replace(program, augments=False)  # which worker draws which number is not promised
+        # A device has a generator of its own for dropout, and whoever asks for a thread gets another order of numbers.
+        if self.network == "dropout" or (self.network == "random" and self.flags.get("prefetch")):
+            program = replace(program, augments=False, loaders=1)
         if self.postprocess != "none" and self.callback == "replaces step":
             program = replace(program, callback="none")  # it would replace the post-processing too
         if self.fault == "writer" and not (self.watch == "writer" and "batch" in self.interval):
