@@ -7,7 +7,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +40,13 @@ _LOOKED_AT, _DEPTH, _OBJECTS = 16, 4, 20_000
 _LEAVES = frozenset((bool, int, float, str, bytes, type(None)))
 _BEFORE_A_RUN = ("__init__", "__post_init__", "__new__", "__setstate__")
 _HOOKS_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_ITERATORS: tuple[type[Any], ...] = (
+    map,
+    filter,
+    zip,
+    enumerate,
+    type(iter([])),
+)  # which say what they hold without going on
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 _LOGGING = (
     "log",
@@ -95,7 +112,6 @@ class Reach:
         """What is seen to draw random numbers or to seed, libraries' classes included; empty for nothing."""
         functions = self.functions().union(*(functions_of(kind) for kind in {type(held.value) for held in self}))
         codes = {function.__qualname__: function.__code__ for function in functions}
-        codes |= {held.value.__qualname__: held.value.gi_code for held in self if isinstance(held.value, GeneratorType)}
         found = {name for name, code in codes.items() if draws(code)}
         trains = any("train" in names_in(code) for code in codes.values())
         dropouts = (held.value for held in self if isinstance(held.value, _DROPOUTS))
@@ -123,8 +139,11 @@ class Reach:
             yield from (("func", value.func, False), ("args", value.args, False))
             yield from ((name, part, False) for name, part in value.keywords.items())
         elif isinstance(value, GeneratorType):
-            variables = list(value.gi_frame.f_locals.items()) if value.gi_frame is not None else ()
-            yield from ((name, part, False) for name, part in variables)
+            if (frame := value.gi_frame) is not None:
+                yield from [(name, part, False) for name, part in frame.f_locals.items()]
+                yield value.__name__, _function_of(value.gi_code, frame), False
+        elif isinstance(value, _ITERATORS):
+            yield from ((type(value).__name__, part, False) for part in value.__reduce__()[1])
         elif not isinstance(value, (*CONSTANT, Tensor)):
             kind = type(value)
             skipped: Iterable[str] = _HOOKS_OF_MODULES if isinstance(value, nn.Module) else ()
@@ -183,6 +202,12 @@ def used_by(owner: Any, methods: Iterable[str]) -> Iterator[Held]:
     """What an object holds under names that its methods, and those that they name, have in their code."""
     names = called_by(owner, methods)
     yield from (Held(value, owner, name, 1) for name, value in attributes_of(owner).items() if name in names)
+
+
+def _function_of(code: CodeType, frame: FrameType) -> FunctionType:
+    """A function with the code of a generator, closed over the same values."""
+    cells = tuple(CellType(*(frame.f_locals[name],) if name in frame.f_locals else ()) for name in code.co_freevars)
+    return FunctionType(code, frame.f_globals, code.co_name, None, cells)
 
 
 def _named_by(function: FunctionType) -> Iterator[_Part]:

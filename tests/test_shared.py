@@ -60,6 +60,10 @@ def capturing(*held: Any) -> Callable[[Any], Any]:
     return lambda samples: (samples, held)
 
 
+def generator_over(held: Any) -> Iterator[Any]:
+    return (held for _ in range(3))
+
+
 def ends_with(*held: Any) -> Callback:
     return LambdaCallback(on_predict_batch_end=lambda *args: len(held))
 
@@ -125,6 +129,10 @@ AGAINST: dict[str, Case] = {
     "a datamodule's early hook": (lambda: DataLoader(ROWS), Before),
     "a datamodule's collate and late hook": (lambda: DataLoader(ROWS, collate_fn=AFTER.collate), lambda: AFTER),
     "a datamodule's late hook uses it": (lambda: DataLoader(ROWS), lambda: AfterWithIt(ROWS)),
+    "a generator that names it": (lambda: (NET.scale for _ in range(3)), lambda: NET),
+    "a generator that has closed over it": (lambda: generator_over(NET), lambda: NET),
+    "a map": (lambda: map(capturing(NET), [1]), lambda: NET),
+    "a map in others": (lambda: enumerate(filter(None, map(NET.collate, []))), lambda: NET),
     "a cursor": (lambda: DataLoader(Holder(sqlite3.connect(":memory:").cursor())), Net),
     "a thread's own": (lambda: DataLoader(Holder([threading.local()])), Net),
     "a thread's own in collate": (lambda: DataLoader(ROWS, collate_fn=Collate(threading.local())), Net),
