@@ -22,8 +22,7 @@ _ENDS = ("STORE_", "DELETE_", "POP_TOP", "RETURN_", "POP_JUMP", "JUMP_IF", "FOR_
 _SETTERS = {"setattr", "delattr", "vars", "__dict__", "__setattr__", "__setitem__"}
 _IN_PLACE = "INPLACE"
 _Step = tuple[str, Any]
-
-
+# What draws random numbers, or seeds: methods of tensors, functions of torch, of Python and NumPy.
 _OF_TENSORS = "bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_"
 _OF_TORCH = (
     "rand randn randint randperm rand_like randn_like randint_like normal bernoulli multinomial poisson"
@@ -33,6 +32,7 @@ _OF_PYTHON = (
     "random uniform randrange choice choices shuffle gauss triangular getrandbits randbytes permutation integers"
 )
 _OF_SEEDS = "seed manual_seed set_rng_state setstate set_state fork_rng isolate_rng seed_everything"
+# Drawn from by the functions of these names only: modules that are attributes draw nothing in eval mode.
 _OF_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "rrelu")
 _RANDOM = frozenset(" ".join((_OF_TENSORS, _OF_TORCH, _OF_PYTHON, _OF_SEEDS)).split())
 
@@ -89,7 +89,7 @@ def draws(code: CodeType) -> bool:
     """Whether a code is seen to draw random numbers, or to seed what they are drawn from."""
     if not _RANDOM.isdisjoint(names_in(code)):
         return True
-    seen = seen_in(code)  # `self.dropout` draws nothing in eval mode
+    seen = seen_in(code)
     called = seen.variables.union(name for _, name in seen.parts)
     return not called.isdisjoint(_OF_FUNCTIONS)
 
