@@ -11,11 +11,7 @@ from lightning_hpu_infer.nested import parts_of
 from lightning_hpu_infer.writing import check_columns
 from lightning_hpu_infer.writing.arrays import array_of, by_name, is_sequence
 from lightning_hpu_infer.writing.leaves import UnfitError
-from lightning_hpu_infer.writing.schemas import conform, widened
-
-INDEX, LOADER, ID = "index", "dataloader_idx", "id"
-PREDICTION = "prediction"
-"""The column of a prediction that has no names of its own."""
+from lightning_hpu_infer.writing.schemas import ID, INDEX, LOADER, PREDICTION, conform, widened, without_placeholder
 
 
 class Columns:
@@ -106,11 +102,9 @@ class Columns:
 
     def _known(self, arrays: dict[str, pa.Array]) -> pa.Schema:
         """The schema so far. If all predictions were None, this batch says which columns they have."""
-        fields = list(self._schema or ())
-        others = [field for field in fields if field.name not in (INDEX, LOADER, ID)]
-        if [(field.name, field.type) for field in others] == [(PREDICTION, pa.null())] and PREDICTION not in arrays:
-            fields.remove(others[0])
-        elif self._schema is not None:
+        schema = self._schema or pa.schema([])
+        fields = list(schema if PREDICTION in arrays else without_placeholder(schema))
+        if self._schema is not None and len(fields) == len(schema):
             return self._schema
         names = {field.name for field in fields}
         return pa.schema([*fields, *((name, array.type) for name, array in arrays.items() if name not in names)])

@@ -14,7 +14,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from lightning_hpu_infer.writing.columns import INDEX, LOADER
 from lightning_hpu_infer.writing.lock import Lock, ranks_with_locks
 from lightning_hpu_infer.writing.manifest import (
     MANIFEST,
@@ -25,7 +24,7 @@ from lightning_hpu_infer.writing.manifest import (
     rank_of,
 )
 from lightning_hpu_infer.writing.ranges import indices_of
-from lightning_hpu_infer.writing.schemas import united
+from lightning_hpu_infer.writing.schemas import INDEX, LOADER, united
 from lightning_hpu_infer.writing.shards import Shards, is_ours
 from lightning_hpu_infer.writing.storage import Storage, storage_at
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from lightning_hpu_infer.writing import check_columns
-from lightning_hpu_infer.writing.columns import INDEX, LOADER
 from lightning_hpu_infer.writing.manifest import Manifest, all_manifests
-from lightning_hpu_infer.writing.schemas import conformed, united
+from lightning_hpu_infer.writing.schemas import INDEX, LOADER, conformed, united
 from lightning_hpu_infer.writing.storage import Storage, storage_at
 
 _CACHED_BYTES = 256 << 20

@@ -4,6 +4,19 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
+INDEX, LOADER, ID = "index", "dataloader_idx", "id"
+"""The columns that are the writer's own."""
+PREDICTION = "prediction"
+"""The column of a prediction that has no names of its own."""
+
+
+def without_placeholder(schema: pa.Schema) -> pa.Schema:
+    """A schema without the column that stands for predictions of which all were None, if it is that of such."""
+    others = [field for field in schema if field.name not in (INDEX, LOADER, ID)]
+    if [(field.name, field.type) for field in others] != [(PREDICTION, pa.null())]:
+        return schema
+    return pa.schema([field for field in schema if field.name != PREDICTION])
+
 
 def widened(known: pa.DataType, found: pa.DataType, *, both: bool = False) -> pa.DataType | None:
     """The type that holds values of both, if one has no values where the other has some; None if there is none.
@@ -82,7 +95,8 @@ def as_stored(array: pa.Array) -> pa.Array:
 def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
     """One schema for the files of several runs and ranks; None if there is none at all.
 
-    It has the columns of all. Files may lack some: a rank's samples have not all the parts that another's have.
+    It has the columns of all, those without values too. Files may lack some: the samples of a rank have not all the
+    parts that those of another have.
 
     Raises:
         ValueError: If they do not go together: which column, and the two types.
@@ -97,14 +111,15 @@ def united(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
 
 
 def _both(known: pa.Schema, found: pa.Schema) -> pa.Schema:
+    if PREDICTION not in known.names or PREDICTION not in found.names:
+        known, found = without_placeholder(known), without_placeholder(found)
     fields = []
     for name in dict.fromkeys([*known.names, *found.names]):
         types = [schema.field(name).type for schema in (known, found) if name in schema.names]
         kind = types[0] if len(types) == 1 else widened(*types, both=True)
         if kind is None:
             raise ValueError(f"Column {name!r} is of type {types[0]} in some of the files, and {types[1]} in others.")
-        if len(types) == 2 or not pa.types.is_null(kind):
-            fields.append(pa.field(name, kind))
+        fields.append(pa.field(name, kind))
     return pa.schema(fields)
 
 

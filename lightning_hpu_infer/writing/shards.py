@@ -12,10 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from lightning_hpu_infer.writing.columns import INDEX, LOADER
 from lightning_hpu_infer.writing.manifest import MANIFEST, File, Manifest, Stretch
 from lightning_hpu_infer.writing.ranges import Ranges, ranges_of
-from lightning_hpu_infer.writing.schemas import as_stored, stored
+from lightning_hpu_infer.writing.schemas import INDEX, LOADER, as_stored, stored
 from lightning_hpu_infer.writing.storage import Sink, Storage
 
 _log = logging.getLogger(__name__)
