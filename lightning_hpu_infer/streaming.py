@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -52,8 +53,9 @@ def stream(
     Raises:
         MisconfigurationException: If the Trainer starts other processes, in which the predictions would be, or makes
             batches in order of length.
-        RuntimeError: If `torch.autocast` or a default device is on, which the thread would not have. From the iterator,
-            if the Trainer or the module is in another stream; or once another Trainer has run the module.
+        RuntimeError: If `torch.autocast` or a default device is on, which the thread would not have, here or at the
+            first prediction. From the iterator, if the Trainer or the module is in another stream; or once another
+            Trainer has run the module.
         ValueError: If `max_pending` is not positive.
 
     What the run raises comes out of the iterator, after the predictions before it.
@@ -70,15 +72,12 @@ def stream(
             "With `group_by_length` the order of the dataset is known only at the end of a run. Pass"
             " `group_by_length=None`, or use `trainer.predict`."
         )
-    if has_modes():
-        raise RuntimeError(
-            "`torch.autocast` or `torch.set_default_device` is on, which the thread of `stream` would not have. Pass"
-            " `precision` to the Trainer, or use `trainer.predict`."
-        )
+    _refuse_modes(trainer)
     return _stream(trainer, (model, dataloaders), {"return_predictions": False, **options}, max_pending)
 
 
 def _stream(trainer: Any, args: tuple[Any, Any], options: dict[str, Any], max_pending: int) -> Iterator[Any]:
+    _refuse_modes(trainer)  # The run begins here, with the first `next`.
     handover = _Handover(max_pending)
     errors: list[BaseException] = []
 
@@ -101,6 +100,14 @@ def _stream(trainer: Any, args: tuple[Any, Any], options: dict[str, Any], max_pe
         _wait_for(thread)
     for error in errors:
         raise error
+
+
+def _refuse_modes(trainer: Any) -> None:
+    if has_modes() or torch.is_autocast_enabled(trainer.strategy.root_device.type):
+        raise RuntimeError(
+            "`torch.autocast` or `torch.set_default_device` is on, which the thread of `stream` would not have. Pass"
+            " `precision` to the Trainer, or use `trainer.predict`."
+        )
 
 
 @contextmanager
@@ -129,7 +136,8 @@ def _reserved(trainer: Any, model: Any, deliver: "_Deliver") -> Iterator[Callabl
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     raise RuntimeError(
         "This Trainer, or its module, is in a `stream` that has not ended. End that loop first (`close()` ends an"
-        " iterator that is kept), or use another Trainer with another copy of the module."
+        " iterator that is kept), or use another Trainer with another copy of the module. A copy of the Trainer"
+        " that was made in the loop stays refused: make it before."
     )
 
 

@@ -283,6 +283,21 @@ def test_predictions_are_the_callers_to_change() -> None:
     assert_equal(taken, predict("cpu", Net(), rows(12, 2)))
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: torch.autocast("cpu"), lambda: torch.autocast("hpu"), lambda: torch.device("meta")],
+    ids=["autocast", "autocast of the device", "default device"],
+)
+def test_modes_that_the_thread_would_not_have_are_refused_where_the_run_begins(mode: Any) -> None:
+    ours = trainer(HPUInferenceAccelerator())
+    predictions = stream(ours, Net(), rows(4, 2))
+    for begin in (lambda: next(predictions), lambda: stream(ours, Net(), rows(4, 2))):
+        with pytest.raises(RuntimeError, match="Pass `precision` to the Trainer"), mode():
+            begin()
+    assert_equal(list(stream(ours, Net(), rows(4, 2))), predict("cpu", Net(), rows(4, 2)))
+
+
 def test_what_it_cannot_do_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="`max_pending` must be positive, got 0"):
         stream(trainer(HPUInferenceAccelerator()), Net(), rows(4, 2), max_pending=0)
