@@ -65,7 +65,7 @@ options: $(STAMP)
 
 # Each starts processes of its own, so one test at a time.
 ray: $(STAMP)
-	$(BIN)/python -m pytest tests/ray
+	$(BIN)/python -m pytest -m '' tests/ray
 
 # It lies in a folder of its own, laid over the same environment: it is large, and nothing else needs it.
 spark: .matrix/spark

@@ -121,6 +121,11 @@ class InferencePipeline:
         return self._engine.closed
 
     @property
+    def module(self) -> nn.Module:
+        """What it runs, which belongs to its thread."""
+        return self._engine.model.module
+
+    @property
     def report(self) -> Report | None:
         """What limited all that the pipeline did, once it is closed, if `trace` asked for it."""
         return self._engine.report

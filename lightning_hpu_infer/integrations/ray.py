@@ -3,6 +3,7 @@
 Checked with Ray 2.60.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -11,11 +12,13 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_hpu_infer import _habana
+from lightning_hpu_infer.ahead import reason_against
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.integrations.tables import Table, beside, pieces, tensors
+from lightning_hpu_infer.integrations.tables import Table, beside, check_columns, pieces, tensors
 from lightning_hpu_infer.pipeline import InferencePipeline
 
 if TYPE_CHECKING:
@@ -44,12 +47,15 @@ class Predictor:
             once by `predict_dataset`.
         columns: The columns that are returned beside the predictions; None means all.
         config: The flags of the pipeline. Its `postprocess` makes what is stored of an output. `in_flight` and
-            `prefetch` are 3 on an HPU unless one of them is given.
+            `prefetch` are 3 on an HPU unless one of them is given. If a batch may depend on earlier steps, as it may
+            where a LightningModule has an `on_before_batch_transfer`, it is prepared when the one before it has its
+            result, over all calls; `prefetch` is for those who know that it does not.
         device: An HPU if the process has one, else the CPU.
 
     Raises:
         Exception: What the factory raises.
-        ValueError: If `batch_size` is out of its range, or `config` has an option that needs a Trainer.
+        ValueError: If `batch_size` is out of its range, `columns` is no list, or `config` has an option that needs a
+            Trainer.
     """
 
     def __init__(
@@ -64,10 +70,12 @@ class Predictor:
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 or more, or None, got {batch_size!r}.")
+        check_columns(columns)
         self._batch_size = batch_size
         self._preprocess = preprocess or tensors
         self._columns = columns
         config = config or InferenceConfig()
+        asked = config.prefetch
         device = torch.device(device or (_habana.DEVICE_TYPE if _habana.is_available() else "cpu"))
         kind = device.type
         if config.in_flight is None and config.prefetch is None and config.tunes_depths(kind):
@@ -75,6 +83,10 @@ class Predictor:
             config = replace(config, in_flight=DEPTH, prefetch=DEPTH)
         self._ahead = config.in_flight_depth(kind) + max(1, config.prefetch_depth(kind))
         self._pipeline = InferencePipeline(factory, device, config)
+        self._turn: threading.Lock | None = None
+        if not asked and (reason := reason_against([self._preprocess], [self._pipeline.module])):
+            rank_zero_info(f"No batch is prepared ahead, since {reason}. Pass `prefetch={DEPTH}` if it may be.")
+            self._turn = threading.Lock()
 
     def __call__(self, table: Table) -> Iterator[Table]:
         """The rows with predictions, in pieces of `batch_size`, while later ones are computed.
@@ -83,6 +95,12 @@ class Predictor:
             ValueError: If a prediction has not one entry per row, a column's name is missing or taken, or a column of
                 numbers has empty places and there is no `preprocess`.
         """
+        if (turn := self._turn) is not None:
+            for piece in pieces(table, self._batch_size):
+                with turn:
+                    result = self._result(piece, self._pipeline.submit(self._preprocess(piece)))
+                yield result
+            return
         submitted: deque[tuple[Table, Future[Any]]] = deque()
         for piece in pieces(table, self._batch_size):
             submitted.append((piece, self._pipeline.submit(self._preprocess(piece))))
@@ -122,7 +140,7 @@ def predict_dataset(
     Args:
         dataset: The rows.
         factory: As `Predictor`'s.
-        concurrency: Actors, or the least and the most of them.
+        concurrency: Actors, 1 or more, or the least and the most of them.
         batch_size: Rows of a batch for the module.
         preprocess: As `Predictor`'s.
         columns: As `Predictor`'s.
@@ -147,13 +165,15 @@ def predict_dataset(
         A dataset with the columns to keep and those of the predictions.
 
     Raises:
-        ValueError: If a number is out of its range, one of `id_column` and `checkpoint` is missing, the ids are not
-            kept, the dataset is one for which Ray has no checkpoints, or the cluster has too few CPUs.
+        ValueError: If a number is out of its range, `columns` is no list, one of `id_column` and `checkpoint` is
+            missing, the ids are not kept, the dataset is one for which Ray has no checkpoints, or the cluster has too
+            few CPUs, or other resources for one actor.
     """
     import ray
     from ray.data import ActorPoolStrategy
     from ray.data.checkpoint import CheckpointConfig
 
+    check_columns(columns)
     if (id_column is None) != (checkpoint is None):
         raise ValueError(
             f"`id_column` and `checkpoint` go together, got {id_column!r} and {checkpoint!r}: rows that are done are"
@@ -177,10 +197,11 @@ def predict_dataset(
             f"`rows_per_task` must be a multiple of `batch_size`, {batch_size}, got {rows!r}: the rest would be a batch"
             " of another shape in each task."
         )
-    least, most = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
+    least, most = _actors(concurrency)
     found = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if resources is None:
         resources = {"HPU": 1} if found.get("HPU") else {}
+    _check_actor({"CPU": num_cpus, **resources}, found)
     if rows is not None or checkpoint is not None:
         _check_cpus(least, num_cpus, filters=checkpoint is not None, found=found.get("CPU", 0))
     if rows is not None:
@@ -214,6 +235,35 @@ def predict_dataset(
             id_column, fspath(checkpoint), delete_checkpoint_on_success=False
         )
     return predicted
+
+
+def _actors(concurrency: Any) -> tuple[int, int]:
+    """The least and the most actors."""
+    found = (concurrency, concurrency) if isinstance(concurrency, int) else concurrency
+    if (
+        not isinstance(found, tuple | list)
+        or len(found) != 2
+        or not all(isinstance(number, int) for number in found)
+        or not 1 <= found[0] <= found[1]
+    ):
+        raise ValueError(
+            f"`concurrency` must be a number of actors, 1 or more, or the least and the most, got {concurrency!r}."
+        )
+    return found[0], found[1]
+
+
+def _check_actor(needed: dict[str, float], found: dict[str, float]) -> None:
+    """Refuse an actor for which there is no place, and for which Ray would wait without an end.
+
+    Where there is a place for one, Ray begins, and makes the others as they find one (2.60).
+    """
+    for name, number in needed.items():
+        if number > found.get(name, 0):
+            raise ValueError(
+                f"An actor needs {number:g} of {name!r}, and Ray has {found.get(name, 0):g} (`num_cpus` and"
+                " `resources`). It would wait without an end. Ask for less, or start Ray with more, such as"
+                " `ray.init(num_cpus=..., resources=...)`."
+            )
 
 
 def _check_cpus(actors: int, num_cpus: float, *, filters: bool, found: float) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_hpu_infer.arrays import as_tensors
 from lightning_hpu_infer.config import InferenceConfig
-from lightning_hpu_infer.integrations.tables import beside, columns_of, pieces, rows_of, tensors
+from lightning_hpu_infer.integrations.tables import beside, check_columns, columns_of, pieces, rows_of, tensors
 from lightning_hpu_infer.pipeline import InferencePipeline
 
 if TYPE_CHECKING:
@@ -72,10 +72,11 @@ def arrow_predictor(
         The function.
 
     Raises:
-        ValueError: If `batch_size` is out of its range.
+        ValueError: If `batch_size` is out of its range, or `columns` is no list.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, or None, got {batch_size!r}.")
+    check_columns(columns)
     model = _Model(uuid4().hex, factory, config)
     # A partial of a function of this module: what is pickled by value would have a copy of `_loaded`.
     return partial(_predict_partition, model, batch_size, preprocess or tensors, columns)

@@ -15,6 +15,16 @@ Table: TypeAlias = Any
 _Array: TypeAlias = np.ndarray[Any, Any]
 
 
+def check_columns(columns: Sequence[str] | None) -> None:
+    """Refuse one name in place of several: its letters would be taken for names.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if isinstance(columns, str):
+        raise ValueError(f"`columns` must be a list of names, got {columns!r}: pass `columns=[{columns!r}]`.")
+
+
 def rows_of(table: Table) -> int:
     """The number of rows of a table."""
     if isinstance(table, Mapping):

@@ -2,11 +2,13 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_hpu_infer import InferenceConfig, emulator
@@ -91,6 +93,45 @@ def test_a_batch_is_launched_while_the_device_works_on_the_one_before(emulated: 
     predictor.close()
 
 
+class Counting(LightningModule):
+    """Predicts how many steps had run when its batch was prepared."""
+
+    steps = 0
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch | {"steps": torch.full((len(batch["id"]),), self.steps)}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps += 1
+        return batch["steps"] * 1
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("flags", [{}, {"in_flight": 2}, {"pipelining": False}], ids=str)
+def test_rule_1_a_batch_that_may_depend_on_earlier_steps_is_prepared_behind_them(
+    flags: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within a call, and over calls at once."""
+    config = InferenceConfig(hpu_graphs=False, **flags)
+    with caplog.at_level("INFO"):
+        predictor = Predictor(Counting, batch_size=2, config=config)
+    assert "No batch is prepared ahead, since `on_before_batch_transfer` of Counting" in caplog.text
+    with ThreadPoolExecutor(3) as threads:
+        calls = list(threads.map(lambda length: list(predictor(table_of(length))), [8, 9, 10]))
+    seen = [[int(piece["prediction"][0]) for piece in pieces] for pieces in calls]
+    assert all(steps == sorted(steps) for steps in seen)
+    assert sorted(chain.from_iterable(seen)) == list(range(4 + 5 + 5))
+    predictor.close()
+
+
+def test_whoever_asks_to_prepare_ahead_gets_it(emulated: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        predictor = Predictor(Counting, batch_size=2, config=InferenceConfig(hpu_graphs=False, prefetch=2))
+    assert "No batch is prepared ahead" not in caplog.text
+    assert len(list(predictor(table_of()))) == 6
+    predictor.close()
+
+
 def test_errors_reach_the_call_whose_rows_they_are(device: str) -> None:
     def preprocess(table: Any) -> Any:
         if 7 in table["id"]:
@@ -116,6 +157,8 @@ def test_an_error_of_the_factory_surfaces_and_leaves_no_thread() -> None:
         Predictor(factory)
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, or None, got 0"):
         Predictor(Columns, batch_size=0)
+    with pytest.raises(ValueError, match=r"`columns` must be a list of names, got 'id': pass `columns=\['id'\]`"):
+        Predictor(Columns, columns="id")
 
 
 def test_postprocess_makes_the_columns(device: str) -> None:

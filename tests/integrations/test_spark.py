@@ -158,5 +158,7 @@ def test_a_function_of_arrays_gives_no_rows_for_none() -> None:
 def test_batch_sizes_are_checked_where_they_are_given() -> None:
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, or None, got 0"):
         arrow_predictor(factory, batch_size=0)
+    with pytest.raises(ValueError, match="`columns` must be a list of names, got 'id'"):
+        arrow_predictor(factory, columns="id")
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, got 0"):
         predict_function(factory, batch_size=0)

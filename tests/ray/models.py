@@ -1,6 +1,7 @@
 """What actors load in these tests."""
 
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ class Failing:
             raise ValueError(f"row {self.row} is bad")
         (self.counts / f"{len(table['id'])}-{uuid.uuid4().hex}").touch()
         return numbers(table)
+
+
+class Waiting(Failing):
+    """Waits at that row while the file is there."""
+
+    def __call__(self, table: Any) -> dict[str, Tensor]:
+        while self.mark.exists() and self.row in table["id"]:
+            time.sleep(0.05)
+        return super().__call__(table)
 
 
 def numbers(table: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,29 @@ def test_a_run_that_failed_goes_on_with_what_is_missing(cluster: Any, source: Pa
     assert len(pyarrow.parquet.read_table(tmp_path / "out")) == ROWS
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_run_whose_driver_was_killed_goes_on_with_what_is_missing(cluster: Any, source: Path, tmp_path: Path) -> None:
+    counts, mark, out = (tmp_path / name for name in ("counts", "mark", "out"))
+    counts.mkdir()
+    mark.touch()
+    command = [sys.executable, "-m", "tests.ray.driver", str(source), str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT) as driver:
+        try:
+            while len(list(out.glob("*.parquet"))) < 2:
+                assert driver.poll() is None
+                time.sleep(0.05)
+        finally:
+            driver.kill()
+    mark.unlink()
+    for file in counts.iterdir():
+        file.unlink()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=200)
+    check(cluster.data.read_parquet(str(out)), hpu=False)
+    computed = sum(int(file.name.partition("-")[0]) for file in counts.iterdir())
+    assert 0 < computed < ROWS
+
+
 def test_an_error_says_what_was_wrong(cluster: Any, source: Path) -> None:
     dataset = cluster.data.read_parquet(str(source))
     arguments: dict[str, Any] = {"concurrency": 1, "batch_size": 4, "num_cpus": 0.5, "resources": {}}
@@ -193,6 +217,11 @@ def test_an_error_says_what_was_wrong(cluster: Any, source: Path) -> None:
         predict_dataset(dataset, Columns, rows_per_task=6, **arguments)
     with pytest.raises(ValueError, match="`batch_size` must be 1 or more, got 0"):
         predict_dataset(dataset, Columns, **(arguments | {"batch_size": 0}))
+    for concurrency in ("2", 2.0, 0, (1,), (2, 1), (0, 2), (1, 2.5)):
+        with pytest.raises(ValueError, match="`concurrency` must be a number of actors, 1 or more, or the least"):
+            predict_dataset(dataset, Columns, **(arguments | {"concurrency": concurrency}))
+    with pytest.raises(ValueError, match="`columns` must be a list of names, got 'id'"):
+        predict_dataset(dataset, Columns, columns="id", id_column="i", checkpoint="/nowhere", **arguments)
     with pytest.raises(ValueError, match="`checkpoint` needs a dataset that Ray reads"):
         predict_dataset(
             cluster.data.from_items([{"id": 1}]), Columns, id_column="id", checkpoint="/nowhere", **arguments
@@ -209,6 +238,21 @@ def test_what_ray_would_wait_for_without_an_end_is_refused(cluster: Any, source:
         predict_dataset(
             dataset, Columns, concurrency=(actors, 8), batch_size=4, num_cpus=num_cpus, resources={}, **arguments
         )
+
+    def predict_on(num_cpus: float, resources: dict[str, float]) -> None:
+        dataset = cluster.data.read_parquet(str(source))
+        arguments: dict[str, Any] = {"rows_per_task": None, "num_cpus": num_cpus, "resources": resources}
+        predict_dataset(dataset, Columns, concurrency=2, batch_size=4, **arguments)
+
+    predict_on(4, {"HPU": 2})
+    refused: list[tuple[float, dict[str, float], str]] = [
+        (5, {}, "5 of 'CPU', and Ray has 4"),
+        (1, {"HPU": 3}, "3 of 'HPU', and Ray has 2"),
+        (1, {"HPU": 1, "TPU": 0.5}, "0.5 of 'TPU', and Ray has 0"),
+    ]
+    for num_cpus, resources, said in refused:
+        with pytest.raises(ValueError, match=rf"An actor needs {said} \(.*without an end"):
+            predict_on(num_cpus, resources)
 
     kept = {"id_column": "id", "checkpoint": tmp_path}
     predict(3, 1)  # of four
