@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+from lightning_hpu_infer import HPUInferenceAccelerator, InferencePipeline, emulator
 
 ALL_OFF: dict[str, Any] = {"hpu_graphs": False, "async_copy": False, "pipelining": False}
 
@@ -219,3 +219,34 @@ class Writer(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Any, batch_indices: Any
     ) -> None:
         self.epoch = (list(predictions), [list(indices) for indices in batch_indices])
+
+
+class Gate(nn.Module):
+    """Waits in each call until it is opened, and counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.seen: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(float(x[0]))
+        self.entered.set()
+        assert self.opened.wait(60)
+        return x + 1
+
+
+@contextmanager
+def gated(**options: Any) -> Iterator[tuple[Gate, InferencePipeline]]:
+    """A pipeline on the CPU, whose first batch is in the model."""
+    gate = Gate()
+    pipeline = InferencePipeline(gate, "cpu", **options)
+    try:
+        first = pipeline.submit(torch.zeros(1))
+        assert gate.entered.wait(60)
+        yield gate, pipeline
+        gate.opened.set()
+        assert first.result(60) == torch.ones(1)
+    finally:
+        gate.opened.set()
+        pipeline.close()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_hpu_infer import InferencePipeline
-from tests.test_submit import Gate, gated
+from tests.helpers import Gate, gated
 
 
 @pytest.mark.parametrize("way", ["result", "exception", "pop", "predict", "a generator that has begun"])

@@ -1,9 +1,7 @@
 """Batches that come from many threads: each gets its own result or error, and closing leaves nobody waiting."""
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
-from tests.helpers import Broken, Net, Rows, assert_equal, running
+from tests.helpers import Broken, Gate, Net, Rows, assert_equal, gated, running
 
 BROKEN = torch.zeros(1, 3)  # which `Net` cannot take
 
@@ -24,37 +22,6 @@ def row(number: int) -> Tensor:
 def expected(number: int) -> Tensor:
     with torch.inference_mode():
         return Net().net(row(number))
-
-
-class Gate(nn.Module):
-    """Waits in each call until it is opened, and counts calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opened, self.entered = threading.Event(), threading.Event()
-        self.seen: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.append(float(x[0]))
-        self.entered.set()
-        assert self.opened.wait(60)
-        return x + 1
-
-
-@contextmanager
-def gated(**options: Any) -> Iterator[tuple[Gate, InferencePipeline]]:
-    """A pipeline on the CPU, whose first batch is in the model."""
-    gate = Gate()
-    pipeline = InferencePipeline(gate, "cpu", **options)
-    try:
-        first = pipeline.submit(torch.zeros(1))
-        assert gate.entered.wait(60)
-        yield gate, pipeline
-        gate.opened.set()
-        assert first.result(60) == torch.ones(1)
-    finally:
-        gate.opened.set()
-        pipeline.close()
 
 
 CONFIGS: list[dict[str, Any]] = [
