@@ -2,7 +2,7 @@
 
 import copy
 from array import array
-from collections import UserList, deque
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from sys import getsizeof
@@ -45,6 +45,8 @@ def with_parts(data: Any, parts: dict[Any, Any]) -> Any:
     copied = copy.copy(data)
     if copied is data:
         raise TypeError(f"{type(data).__name__} gives itself for a copy.")
+    if isinstance(copied, MutableMapping) and not isinstance(copied, dict | UserDict):
+        _set_own_storage(copied, data)
     before = parts_of(data) or {}
     for name, part in parts.items():
         if part is before[name]:
@@ -66,6 +68,14 @@ def _tuple_with_parts(data: Any, parts: dict[Any, Any]) -> Any:
     if hasattr(data, "__dict__"):
         vars(copied).update(vars(data))
     return copied
+
+
+def _set_own_storage(copied: Any, data: Any) -> None:
+    """Copy the collections that a mapping shares with the one that it is a copy of: what is set in it goes there."""
+    attributes = getattr(copied, "__dict__", {})
+    for name, value in getattr(data, "__dict__", {}).items():
+        if attributes.get(name) is value and isinstance(value, MutableMapping | list):
+            attributes[name] = copy.copy(value)
 
 
 def _set_attributes(copied: Any, data: Any, new: dict[int, Any]) -> None:

@@ -31,13 +31,18 @@ def to_host(data: Any) -> Any:
     return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host, data, leaf=_is_leaf, copies=True)
 
 
+def _to_host_if_it_can(data: Any) -> Any:
+    """The same, before stock Lightning would: objects whose `to` takes no device stay as they are."""
+    return data.cpu() if type(data) is Tensor else map_leaves(_leaf_to_host_if_it_can, data, leaf=_is_leaf, copies=True)
+
+
 def host_copy(data: Any) -> Any:
     """A copy on the host that nobody else has. Waits for the device. Main thread only."""
 
     def copied(tensor: Tensor) -> Tensor:
         return copy_of(tensor) if tensor.device.type == "cpu" else tensor.cpu()
 
-    return to_host(owned(data, copied, Tensor.clone))  # objects that move themselves are moved last
+    return _to_host_if_it_can(owned(data, copied, Tensor.clone))  # objects that move themselves are moved last
 
 
 def fetch(
@@ -57,6 +62,15 @@ def _is_leaf(data: object) -> bool:
 
 def _leaf_to_host(leaf: Any) -> Any:
     return leaf.cpu() if isinstance(leaf, Tensor) else move_data_to_device(leaf, _HOST)
+
+
+def _leaf_to_host_if_it_can(leaf: Any) -> Any:
+    try:
+        return _leaf_to_host(leaf)
+    except (TypeError, ValueError, AttributeError):
+        if not moves_itself(leaf):
+            raise
+        return leaf
 
 
 # To the device
@@ -304,7 +318,7 @@ class PendingOutput:
         return output
 
     def _move(self, output: Any) -> Any:
-        output = to_host(map_tensors(self._copied, output))
+        output = _to_host_if_it_can(map_tensors(self._copied, output))
         self._copies.clear()
         return output
 

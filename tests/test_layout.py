@@ -17,7 +17,7 @@ MAX_LINES = 400
 LAYERS = [
     {"bytecode", "links", "nested", "observer", "randomness"},
     {"held"},
-    {"_habana", "_lightning", "_torch", "shared"},
+    {"_habana", "_lightning", "_torch", "kinds", "shared"},
     {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts", "late"},
     {"lengths", "prefetch", "transfer", "tuning", "workers"},

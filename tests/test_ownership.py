@@ -79,8 +79,18 @@ def test_what_refers_to_itself_is_copied_as_it_is() -> None:
     assert copied.again[0] is copied
     assert copied.child.parent is copied
     loop: list[Any] = [1]
-    loop.append(loop)
-    assert owned(loop) is loop
+    loop.append((loop, {"loop": loop}))
+    copied = owned(loop)
+    assert copied is not loop
+    assert copied[1][0] is copied[1][1]["loop"] is copied
+    node = chain = SimpleNamespace(next=None)
+    for _ in range(5_000):
+        node.next = node = SimpleNamespace(next=None)
+    copied, length = owned(chain), 0
+    while copied is not None:
+        assert copied is not chain
+        copied, chain, length = copied.next, chain.next, length + 1
+    assert length == 5_001
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -133,7 +143,7 @@ def function() -> None:
 
 function.x = torch.ones(2)  # type: ignore[attr-defined]
 LEFT = [
-    *(Closes(), One(), Uncopied(), function, SimpleNamespace(n=1)),
+    *(Closes(), One(), Uncopied(), function, SimpleNamespace()),
     *(nn.Linear(2, 2), Rows(2), DataLoader(Rows(2)), Tensor),
 ]
 
