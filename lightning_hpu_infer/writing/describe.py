@@ -50,6 +50,9 @@ class Description:
     missing: dict[int, list[tuple[int, int]]] | None
     """The samples of each dataloader's dataset that have no prediction: `(first, last + 1)` of each gap. Only datasets
     whose lengths are known; None if there is none."""
+    repeated: dict[int, int]
+    """Per dataloader, how many samples are there several times: what a sampler with replacement yields, or two runs at
+    once have written."""
     problems: list[str]
     """Files that are lost or broken, in words."""
     verified: bool
@@ -77,6 +80,7 @@ class Description:
                 more = [f"and {len(ranges) - _SHOWN} more"] if len(ranges) > _SHOWN else []
                 count = sum(stop - start for start, stop in ranges)
                 lines.append(f"missing of dataloader {loader}: {', '.join([*shown, *more])} ({count} samples)")
+        lines += [f"several times of dataloader {loader}: {count} samples" for loader, count in self.repeated.items()]
         lines += [f"broken: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -95,6 +99,7 @@ def describe(path: str | os.PathLike[str], verify: bool = False) -> Description:
     storage = storage_at(path)
     manifests = manifests_at(storage)
     broken = {id(file): text for each in manifests for file, text in _broken(storage, each, verify=verify)}
+    found = _positions(storage, manifests, broken)
     problems = list(broken.values())
     try:
         schema = united(manifest.schema for manifest in manifests) or pa.schema([])
@@ -119,7 +124,8 @@ def describe(path: str | os.PathLike[str], verify: bool = False) -> Description:
         ],
         columns={field.name: str(field.type) for field in schema},
         fingerprint=manifests[0].fingerprint,
-        missing=_missing(storage, manifests, set(broken)),
+        missing=_missing(manifests, found),
+        repeated={loader: count for loader, indices in found.items() if (count := _repeated(indices))},
         problems=problems,
         verified=verify,
     )
@@ -147,23 +153,35 @@ def _sha256(storage: Storage, name: str) -> str:
     return hashed.hexdigest()
 
 
-def _missing(storage: Storage, manifests: list[Manifest], broken: set[int]) -> dict[int, list[tuple[int, int]]] | None:
-    lengths: Any = manifests[0].fingerprint.get(DATASET_LENGTHS)
-    known = {loader: each for loader, each in enumerate(lengths or ()) if each is not None}
-    if not known:
-        return None
+def _positions(storage: Storage, manifests: list[Manifest], broken: dict[int, str]) -> dict[int, NDArray[np.int64]]:
+    """The samples that are there, per dataloader, in any order. A file that cannot be read is added to those broken."""
     found: dict[int, list[NDArray[np.int64]]] = {}
     for manifest in manifests:
         for file in manifest.files:
             if id(file) not in broken:
-                for loader, indices in positions(storage, manifest, file).items():
-                    found.setdefault(loader, []).append(indices)
-    return {loader: _gaps(found.get(loader, []), length) for loader, length in known.items()}
+                try:
+                    for loader, indices in positions(storage, manifest, file).items():
+                        found.setdefault(loader, []).append(indices)
+                except (OSError, ValueError) as error:
+                    broken[id(file)] = str(error)
+    return {loader: np.concatenate(parts) for loader, parts in sorted(found.items())}
 
 
-def _gaps(parts: list[NDArray[np.int64]], length: int) -> list[tuple[int, int]]:
-    """The ranges of `range(length)` that are in none of the parts."""
-    there = np.unique(np.concatenate([*parts, np.array([-1, length])]))
+def _repeated(indices: NDArray[np.int64]) -> int:
+    return int((np.unique(indices, return_counts=True)[1] > 1).sum())
+
+
+def _missing(manifests: list[Manifest], found: dict[int, NDArray[np.int64]]) -> dict[int, list[tuple[int, int]]] | None:
+    lengths: Any = manifests[0].fingerprint.get(DATASET_LENGTHS)
+    known = {loader: each for loader, each in enumerate(lengths or ()) if each is not None}
+    if not known:
+        return None
+    return {loader: _gaps(found.get(loader, np.empty(0, np.int64)), length) for loader, length in known.items()}
+
+
+def _gaps(indices: NDArray[np.int64], length: int) -> list[tuple[int, int]]:
+    """The ranges of `range(length)` that are not among the indices."""
+    there = np.unique(np.concatenate([indices, np.array([-1, length])]))
     there = there[there <= length]
     before = np.flatnonzero(np.diff(there) > 1)
     return [(int(there[at]) + 1, int(there[at + 1])) for at in before]

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +112,10 @@ class Manifest:
             manifest = cls._of(rank, values) if values["version"] <= VERSION else None
         except Exception as error:  # Whatever a disk makes of it.
             raise ValueError(f"{folder}/{MANIFEST} is no manifest of predictions: {error!r}. {remedy}") from error
+        if values.get("rank", rank) != rank:
+            raise ValueError(
+                f"{folder} is a copy of rank {values['rank']}, whose samples would be there twice. Remove {folder}."
+            )
         if manifest is None:
             raise ValueError(
                 f"{folder}/{MANIFEST} is of version {values['version']}, and this is known up to {VERSION}. Update"
@@ -143,13 +148,14 @@ def folder_of(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def rank_of(folder: str) -> int | None:
-    """The rank whose folder has this name; None for any other name."""
-    found = re.fullmatch(r"rank-(\d{5,})", folder)
-    return None if found is None else int(found[1])
+def ranks_in(names: Mapping[str, int | None]) -> list[int]:
+    """The ranks that have a folder among these names, as `Storage.names` tells them."""
+    folders = [name for name, size in names.items() if size is None and re.fullmatch(r"rank-[0-9]{5,}", name)]
+    ranks = ((int(name.removeprefix("rank-")), name) for name in folders)
+    return sorted(rank for rank, name in ranks if name == folder_of(rank))
 
 
 def all_manifests(storage: Storage) -> list[Manifest]:
     """The manifests of all ranks, by rank."""
-    ranks = sorted(rank for name in storage.names() if (rank := rank_of(name)) is not None)
-    return [manifest for rank in ranks if (manifest := Manifest.load(storage, rank)) is not None]
+    found = (Manifest.load(storage, rank) for rank in ranks_in(storage.names()))
+    return [manifest for manifest in found if manifest is not None]

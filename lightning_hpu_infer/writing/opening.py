@@ -21,12 +21,13 @@ from lightning_hpu_infer.writing.manifest import (
     Fingerprint,
     Manifest,
     all_manifests,
-    rank_of,
+    folder_of,
+    ranks_in,
 )
 from lightning_hpu_infer.writing.ranges import indices_of
 from lightning_hpu_infer.writing.schemas import INDEX, LOADER, united
 from lightning_hpu_infer.writing.shards import Shards, is_ours
-from lightning_hpu_infer.writing.storage import Storage, storage_at
+from lightning_hpu_infer.writing.storage import Storage, naming_unreadable, storage_at
 
 T = TypeVar("T")
 
@@ -133,9 +134,9 @@ def _together(agree: Callable[[bool], bool], path: object, part: Callable[[], T]
 
 def _refuse_others(storage: Storage) -> None:
     """Refuse a folder in which there is something, and not predictions."""
-    names = [name for name in storage.names() if not name.startswith(".")]
-    ours = [name for name in names if rank_of(name) is not None and _is_ours(storage, name)]
-    if names and not ours:
+    found = storage.names()
+    names = [name for name in found if not name.startswith(".")]
+    if names and not any(_is_ours(storage, folder_of(rank)) for rank in ranks_in(found)):
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         raise FileExistsError(
             f"{storage} holds no predictions but other files ({shown}). Choose a folder of their own."
@@ -163,8 +164,8 @@ def _remove(storage: Storage) -> None:
 
 def _folders(storage: Storage) -> list[tuple[int, str]]:
     """The ranks that have a folder with what runs write, and its name."""
-    found = ((rank_of(name), name) for name in sorted(storage.names()))
-    return [(rank, name) for rank, name in found if rank is not None and _is_ours(storage, name)]
+    found = ((rank, folder_of(rank)) for rank in ranks_in(storage.names()))
+    return [(rank, name) for rank, name in found if _is_ours(storage, name)]
 
 
 def _compare(manifests: list[Manifest], fingerprint: Fingerprint, storage: Storage, *, resume: bool) -> None:
@@ -255,7 +256,8 @@ def positions(storage: Storage, manifest: Manifest, file: File) -> dict[int, NDA
     """The samples in a file: their positions per dataloader, in any order."""
     if file.indices is not None:
         return {loader: indices_of(ranges) for loader, ranges in file.indices.items()}
-    with storage.open(f"{manifest.folder}/{file.name}") as opened:
+    name = f"{manifest.folder}/{file.name}"
+    with storage.open(name) as opened, naming_unreadable(f"{storage}/{name}"):
         table = parquet.read_table(opened, columns=[INDEX, LOADER])
-    indices, loaders = table[INDEX].to_numpy(), table[LOADER].to_numpy()
+        indices, loaders = table[INDEX].to_numpy(), table[LOADER].to_numpy()
     return {int(loader): indices[loaders == loader] for loader in np.unique(loaders)}

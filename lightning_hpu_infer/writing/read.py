@@ -14,11 +14,13 @@ from pyarrow import parquet
 from lightning_hpu_infer.writing import check_columns
 from lightning_hpu_infer.writing.manifest import Manifest, all_manifests
 from lightning_hpu_infer.writing.schemas import INDEX, LOADER, conformed, united
-from lightning_hpu_infer.writing.storage import Storage, storage_at
+from lightning_hpu_infer.writing.storage import Storage, naming_unreadable, storage_at
 
 _CACHED_BYTES = 256 << 20
 """Of row groups that later rows are in too."""
 _AT_ONCE = 1 << 20
+_BATCH_BYTES = 1 << 30
+"""Of rows at a time. Arrow's strings and lists end at 2 GiB."""
 
 
 def read_predictions(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
@@ -48,14 +50,15 @@ def iter_predictions(
 ) -> Iterator[pa.RecordBatch]:
     """The predictions of a folder in the order of the dataset, some at a time.
 
-    Memory: these rows; the row groups that they are in, some MiB each, of which up to 256 MiB are kept for later rows;
-    and 16 bytes for each row of the folder. Files whose rows are in another order, such as those of
-    `group_by_length`, are read repeatedly where a file's rows are spread over more of the dataset than this holds.
+    Memory: these rows, or fewer if they have more than 1 GiB; the row groups that they are in, some MiB each, of which
+    up to 256 MiB are kept for later rows; and 16 bytes for each row of the folder. Files whose rows are in another
+    order, such as those of `group_by_length`, are read repeatedly where a file's rows are spread over more of the
+    dataset than this holds.
 
     Args:
         path: A local folder or a URI, as the writer was given it.
         columns: Which columns; all by default.
-        rows: Rows at a time; the last may have less.
+        rows: Rows at a time, at most: the last have less, and those with more than 1 GiB.
 
     Returns:
         Batches of the same schema, none of them empty.
@@ -114,9 +117,15 @@ class _Source:
         for start in range(0, len(order), _AT_ONCE):
             places = order[start : start + _AT_ONCE]
             last_use[np.searchsorted(ends, places, side="right")] = np.arange(start, start + len(places))
-        for start in range(0, len(order), rows):
-            yield self._gather(order[start : start + rows], ends)
-            for number in [number for number in self._cache if last_use[number] < start + rows]:
+        start, count = 0, rows
+        while start < len(order):
+            batch = self._gather(order[start : start + count], ends)
+            if batch is None:
+                count = min(count, len(order) - start) // 2
+                continue
+            start, count = start + batch.num_rows, min(rows, 2 * count)
+            yield batch
+            for number in [number for number in self._cache if last_use[number] < start]:
                 del self._cache[number]
 
     def _order(self) -> NDArray[np.int64]:
@@ -142,14 +151,18 @@ class _Source:
             raise FileNotFoundError(
                 f"{self._storage}/{file} is listed and not there. To resume the run predicts its samples again."
             ) from error
-        with source, parquet.ParquetFile(source) as opened:
+        with source, naming_unreadable(f"{self._storage}/{file}"), parquet.ParquetFile(source) as opened:
             yield opened
 
-    def _gather(self, places: NDArray[np.int64], ends: NDArray[np.int64]) -> pa.RecordBatch:
-        """The rows at these places, in this order. Each row group is looked at once."""
+    def _gather(self, places: NDArray[np.int64], ends: NDArray[np.int64]) -> pa.RecordBatch | None:
+        """The rows at these places, in this order; None if they are several, and too large together.
+
+        Each row group is looked at once.
+        """
         groups = np.searchsorted(ends, places, side="right")
         by_group = np.argsort(groups, kind="stable")
-        pieces = []
+        pieces: list[pa.RecordBatch] = []
+        left = _BATCH_BYTES
         for number in np.unique(groups).tolist():
             inside = places[groups == number] - ends[number] + self._groups[number].rows
             first, last = int(inside[0]), int(inside[-1])
@@ -158,6 +171,9 @@ class _Source:
                 pieces.append(group.slice(first, len(inside)))
             else:
                 pieces.append(group.take(pa.array(inside)))
+            left -= pieces[-1].nbytes
+            if left < 0 and len(places) > 1:
+                return None
         (batch,) = pa.Table.from_batches(pieces).combine_chunks().to_batches()
         if (np.diff(by_group) == 1).all():
             return batch

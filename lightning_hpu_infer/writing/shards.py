@@ -20,6 +20,8 @@ from lightning_hpu_infer.writing.storage import Sink, Storage
 _log = logging.getLogger(__name__)
 
 ROW_GROUP_BYTES = 8 << 20
+_MOST_BYTES = 1 << 30
+"""Of a row group, unless it is one batch: Arrow's strings and lists end at 2 GiB."""
 _BATCH_BYTES = 1024
 """What a batch takes in memory beside its values, so that very many small ones are bounded too."""
 
@@ -170,6 +172,8 @@ class _Growing:
         self._indices.setdefault(loader, []).append(batch.column(INDEX).to_numpy().copy())
         if stretch is not None:
             self._note(stretch, self._streams.setdefault(loader, []))
+        if self._pending_bytes + batch.nbytes > _MOST_BYTES:
+            self._flush()
         self._pending.append(
             pa.RecordBatch.from_arrays([as_stored(each) for each in batch.columns], schema=self._stored)
         )

@@ -250,6 +250,23 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming_unreadable(file: str) -> Iterator[None]:
+    """Let errors of Arrow about what a file holds name it, and say what to do.
+
+    Raises:
+        OSError: In place of such an error of a disk, or of Parquet.
+        ValueError: In place of any other.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{file} cannot be read: {error!r}. If it is damaged, remove it: the next run predicts its samples again."
+        ) from error
+
+
 def storage_at(path: str | os.PathLike[str]) -> Storage:
     """The storage that a path or URI names.
 

@@ -1,6 +1,7 @@
 """What is in a folder, what is missing, and what is broken; on the command line too."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -34,6 +35,27 @@ def test_what_is_missing(tmp_path: Path) -> None:
 def test_what_is_missing_beside_a_stream(tmp_path: Path) -> None:
     run(tmp_path, range(3, 10), fingerprint={"dataset lengths": [12, None, 2]})
     assert describe(tmp_path).missing == {0: [(0, 3), (10, 12)], 2: [(0, 2)]}
+
+
+def test_samples_that_are_there_several_times(tmp_path: Path) -> None:
+    """As with replacement, or where two runs wrote at once to a store without locks."""
+    run(tmp_path, [*range(10), 3, 3, 5], fingerprint=LENGTHS)
+    found = describe(tmp_path)
+    assert found.repeated == {0: 2}
+    assert "several times of dataloader 0: 2 samples" in str(found)
+    assert (found.rows, found.missing, found.problems) == (13, {0: [(10, 40)]}, [])
+
+
+def test_a_file_that_cannot_be_read_is_broken(tmp_path: Path) -> None:
+    """Its size is right, and where its samples are is in its columns alone."""
+    shuffled = random.Random(0).sample(range(4000), 2000)
+    run(tmp_path, shuffled, rows_per_file=2000, fingerprint={"dataset lengths": [4000]})
+    file = tmp_path / "rank-00000" / "part-00000.parquet"
+    file.write_bytes(bytes(file.stat().st_size))
+    found = describe(tmp_path)
+    assert not found.sound
+    assert found.missing == {0: [(0, 4000)]}
+    assert "part-00000.parquet cannot be read" in found.problems[0]
 
 
 def test_a_rank_that_never_came(tmp_path: Path) -> None:

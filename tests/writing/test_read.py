@@ -1,6 +1,7 @@
 """Predictions come back in the order of the dataset, whoever wrote them, in whatever order."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import lightning_hpu_infer
 from lightning_hpu_infer.writing import read, shards
@@ -71,6 +73,35 @@ def test_some_at_a_time(tmp_path: Path, rows: int) -> None:
     assert [(row["dataloader_idx"], row["index"]) for row in found] == sorted(samples)
     assert [row["text"] for row in found] == [f"sample {index}" for _, index in sorted(samples)]
     assert found == read_predictions(tmp_path).to_pylist()
+
+
+@pytest.mark.parametrize("most", [1, 400, 3000, 1 << 20])
+def test_fewer_at_a_time_where_they_are_large(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow's strings end at 2 GiB."""
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 300)
+    monkeypatch.setattr(read, "_BATCH_BYTES", most)
+    texts = ["x" * (1000 if 20 <= index < 30 else 20) for index in range(60)]
+    for rank in range(2):
+        mine = list(range(rank, 60, 2))
+        random.Random(rank).shuffle(mine)
+        run_of = Shards(LocalStorage(tmp_path), Manifest(rank=rank, world=2, fingerprint={}))
+        columns = Columns()
+        for batch in batches_of(mine):
+            run_of.write(columns.batch({"text": [texts[index] for index in batch]}, len(batch), batch, 0))
+        run_of.close(complete=True)
+    batches = list(iter_predictions(tmp_path, rows=16))
+    assert [text for batch in batches for text in batch["text"].to_pylist()] == texts
+    assert all(batch.nbytes <= most or batch.num_rows == 1 for batch in batches)
+    assert max(batch.num_rows for batch in batches) == {1: 1, 400: 8, 3000: 16, 1 << 20: 16}[most]
+    assert read_predictions(tmp_path)["text"].to_pylist() == texts
+
+
+def test_large_batches_do_not_share_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_MOST_BYTES", 500)
+    write(tmp_path, 0, [(0, each) for each in batches_of(range(40))])
+    (file,) = tmp_path.glob("rank-00000/*.parquet")
+    assert parquet.ParquetFile(file).num_row_groups == 10
+    assert read_predictions(tmp_path)["index"].to_pylist() == list(range(40))
 
 
 def test_row_groups_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +169,49 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "rank-00000" / "part-00000.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"part-00000\.parquet is listed and not there"):
         read_predictions(tmp_path)
+
+
+@pytest.mark.parametrize("order", [list(range(16)), [*range(0, 16, 2), *range(1, 16, 2)] * 20], ids=["ranges", "any"])
+@pytest.mark.parametrize("damage", ["all", "end", "values"])
+def test_a_damaged_file_of_the_right_size_is_named(tmp_path: Path, damage: str, order: list[int]) -> None:
+    run(tmp_path, order)
+    file = tmp_path / "rank-00000" / "part-00001.parquet"
+    bytes_before = file.read_bytes()
+    places = {"all": slice(0, None), "end": slice(-30, None), "values": slice(4, 200)}[damage]
+    broken = bytearray(bytes_before)
+    broken[places] = bytes(len(broken[places]))
+    file.write_bytes(broken)
+    with pytest.raises(
+        (OSError, ValueError), match=r"part-00001.parquet cannot be read: .* damaged, remove it: the next"
+    ):
+        read_predictions(tmp_path)
+    assert describe(tmp_path, verify=True).problems == [
+        "rank-00000/part-00001.parquet has other contents than were written"
+    ]
+    file.unlink()
+    with pytest.warns(UserWarning, match=r"part-00001.parquet is missing. Its 8 samples are predicted again"):
+        run(tmp_path, order)
+    assert set(read_predictions(tmp_path)["index"].to_pylist()) == set(order)
+
+
+def test_folders_of_other_names_are_no_ranks(tmp_path: Path) -> None:
+    run(tmp_path, range(40))
+    (tmp_path / "rank-00001").write_text("a file")
+    shutil.copytree(tmp_path / "rank-00000", tmp_path / "rank-000000")
+    shutil.copytree(tmp_path / "rank-00000", tmp_path / "rank-००००२")  # digits, for Python
+    run(tmp_path, range(48))
+    assert read_predictions(tmp_path)["index"].to_pylist() == list(range(48))
+    assert describe(tmp_path).rows == 48
+
+
+def test_a_copied_folder_of_a_rank_is_refused_wherever_it_is_looked_at(tmp_path: Path) -> None:
+    run(tmp_path, range(40))
+    shutil.copytree(tmp_path / "rank-00000", tmp_path / "rank-00003")
+    for look in (read_predictions, describe, lambda path: run(path, range(40))):
+        with pytest.raises(ValueError, match=r"rank-00003 is a copy of rank 0, whose .* Remove .*rank-00003\."):
+            look(tmp_path)
+    run(tmp_path, range(8), overwrite=True)
+    assert read_predictions(tmp_path)["index"].to_pylist() == list(range(8))
 
 
 def test_a_run_of_no_samples(tmp_path: Path) -> None:
