@@ -66,7 +66,7 @@ class Kind(Enum):
     """By its attributes, as all below. Lightning looks for tensors there too."""
     OBJECT = auto()
     LIBRARY = auto()
-    """Only if it holds memory, such as tensors."""
+    """Of an installed package, mostly: only if it holds memory, such as tensors."""
 
 
 _BY_BASE: tuple[tuple[Any, Kind], ...] = (
@@ -108,6 +108,8 @@ def kind_of(cls: type) -> Kind:
     if hasattr(cls, "__deepcopy__"):
         return Kind.DEEPCOPY
     declared = issubclass(cls, _NAMESPACES) or hasattr(cls, "__attrs_attrs__")
+    if hasattr(cls, "__next__"):  # a loader, or a place in something that is read
+        return Kind.LIBRARY
     return Kind.OBJECT if declared or is_users(cls) else Kind.LIBRARY
 
 
@@ -131,8 +133,6 @@ def clones_itself(cls: type) -> bool:
 
 def _is_data(cls: type) -> bool:
     """Whether a class may be one of data, by what it is made of."""
-    if hasattr(cls, "__next__"):
-        return False
     for base in cls.__mro__:
         module = base.__module__
         if base.__name__ in _SHARED_CLASSES or any(f"{module}.".startswith(f"{name}.") for name in _SHARED):

@@ -85,10 +85,9 @@ def _is_flat(data: Any) -> bool:
 def _or_itself(data: Any, copied: Callable[[], Any]) -> Any:
     """A copy; the object itself if its class allows none. Stock Lightning makes none, so this must not end a run."""
     try:
-        made = copied()
+        return copied()
     except Exception:
         return data
-    return made if type(made) is type(data) else data
 
 
 _Way = Callable[["_Copies", Any, bool], Any]
@@ -165,7 +164,7 @@ class _Copies:
 
     def _collection(self, data: Any, inside: bool, fill: Callable[[Any, bool], None]) -> Any:
         copied = _or_itself(data, lambda: copy.copy(data))
-        if copied is data:
+        if copied is data or type(copied) is not type(data):
             return data
         inside = inside or moves_itself(data)
         if not _is_flat(data):

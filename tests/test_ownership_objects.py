@@ -142,3 +142,10 @@ def test_classes_of_installed_packages_that_say_that_they_are_data_are_copied() 
     assert copied[1] is other
     other.x = torch.ones(1)
     assert owned([other])[0].names is not other.names
+
+
+def test_an_iterator_is_copied_with_its_memory_only() -> None:
+    reader = Reader()
+    assert owned([reader])[0] is reader
+    reader.x = torch.ones(1)
+    assert owned([reader])[0].x is not reader.x
