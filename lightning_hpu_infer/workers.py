@@ -229,10 +229,8 @@ class Parcel:
         try:
             return Sealed, (dumps(self._value),)
         except Exception as error:
-            raise TypeError(
-                f"{self._what} cannot be sent between processes ({error}). Use tensors, arrays and plain Python"
-                f" objects, or {_THREADS}."
-            ) from error
+            # Raised where it is opened: a thread of the pool pickles, and would race with the one that ends it.
+            return Unsendable, (self._what, str(error))
 
 
 class Sealed:
@@ -247,6 +245,28 @@ class Sealed:
     def open(self) -> Any:
         """The value."""
         return pickle.loads(self._pickled)
+
+
+class Unsendable(Sealed):
+    """In place of a value that does not pickle: says so where it is opened."""
+
+    def __init__(self, what: str, why: str) -> None:
+        self._what = what
+        self._why = why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unsendable, (self._what, self._why)
+
+    def open(self) -> Any:
+        """Raise.
+
+        Raises:
+            TypeError: In any case.
+        """
+        raise TypeError(
+            f"{self._what} cannot be sent between processes ({self._why}). Use tensors, arrays and plain Python"
+            f" objects, or {_THREADS}."
+        )
 
 
 def dumps(value: Any) -> bytes:

@@ -240,3 +240,16 @@ def test_tensors_arrive_as_they_are(tensor: Tensor) -> None:
 
 def test_a_part_of_a_tensor_is_sent_without_the_rest() -> None:
     assert len(dumps(torch.zeros(1000, 1000)[3])) < 5000
+
+
+def test_what_does_not_pickle_is_an_error_where_it_is_opened_and_none_of_the_pools_threads() -> None:
+    """These pickle, and fail the futures that others end at the same time."""
+    sent = pickle.loads(pickle.dumps(Parcel((each for each in "abc"), "What `predict_step` returned")))
+    for arrived in (sent, pickle.loads(pickle.dumps(sent))):
+        with pytest.raises(TypeError, match=r"What `predict_step` returned cannot be sent .*generator.*Use tensors"):
+            arrived.open()
+    pool = Processes(look, 1, torch.no_grad)
+    bad = pool.submit(each for each in "abc")
+    assert isinstance(bad.exception(60), TypeError)
+    assert isinstance(pool.submit("error").exception(60), KeyError)
+    pool.close(abandon=False)
