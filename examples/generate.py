@@ -18,9 +18,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from examples.compare import compare, positive, predict
+from examples.compare import compare, needs, positive, predict
+
+with needs("examples", __name__):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Writer(LightningModule):

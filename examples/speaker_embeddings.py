@@ -13,16 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from scipy.signal import resample_poly
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 from torch.utils.data import DataLoader
-from transformers.audio_utils import mel_filter_bank
 
-from examples.compare import compare, existing, positive, predict
+from examples.compare import compare, existing, needs, positive, predict
+
+with needs("examples", __name__):
+    import soundfile
+    from scipy.signal import resample_poly
+    from transformers.audio_utils import mel_filter_bank
 
 CLIPS = Path(__file__).parent / "data" / "clips"
 RATE, WINDOW, STEP = 16000, 400, 160  # Hz, and samples of a spectrum and between two of them

@@ -18,18 +18,20 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jiwer
 import numpy as np
-import soundfile
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from scipy.signal import resample_poly
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
 
-from examples.compare import GRAPHS, TECHNIQUES, compare, existing, positive, predict
+from examples.compare import GRAPHS, TECHNIQUES, compare, existing, needs, positive, predict
 from lightning_hpu_infer import Pad, PadSpec
+
+with needs("examples", __name__):
+    import jiwer
+    import soundfile
+    from scipy.signal import resample_poly
+    from transformers import Wav2Vec2ForCTC, Wav2Vec2Processor
 
 DATA = Path(__file__).parent / "data"
 SPEC = PadSpec(inputs={"input_values": Pad(1), "attention_mask": Pad(1)})

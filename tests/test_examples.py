@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -173,6 +174,26 @@ def test_usage_names_the_one_form_in_which_each_example_is_started(name: str) ->
     commands = [line for line in usage.splitlines() if line.startswith("    python")]
     assert commands
     assert [line for line in commands if f"python -m examples.{name}" not in line] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"write_and_resume"}))
+def test_without_its_extra_an_example_says_in_one_line_how_to_install_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    block = re.search(r'^with needs\("(.+)", __name__\):\n((?:    .*\n)+)', source, re.MULTILINE)
+    assert block is not None
+    optional = re.findall(r"^    (?:from|import) (\w+)", block[2], re.MULTILINE)
+    for variable in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(variable, "1")
+    for lost in optional:
+        monkeypatch.setitem(sys.modules, lost, None)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf".*{optional[0]}.*: pip install '\.\[{block[1]}\]'\n", said)
 
 
 @pytest.mark.full

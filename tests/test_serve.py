@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -84,6 +86,30 @@ def test_requests_at_once_get_their_own_answers_and_it_ends_cleanly(device: str)
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert process.stderr is not None
         assert "Error" not in process.stderr.read()
+
+
+def test_ctrl_c_ends_it_cleanly() -> None:
+    with service() as (address, process):
+        assert ask(address, "/health")[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "taken"])
+def test_an_address_that_it_cannot_listen_at_is_an_error_of_the_command_line(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1]) if port == "taken" else port
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--port", port])
+        with pytest.raises(SystemExit) as exit_:
+            serve.main()
+    assert exit_.value.code == 2
+    assert re.search(
+        rf"serve\.py: error: (argument --port: must be .*{port}|127.0.0.1:{port}: )", capsys.readouterr().err
+    )
 
 
 class Sums(nn.Module):
