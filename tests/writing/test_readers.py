@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pandas
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from lightning_hpu_infer.writing.columns import Columns
+from lightning_hpu_infer.writing.read import read_predictions
 from tests.writing.runs import opened
 
 
@@ -89,6 +91,26 @@ def test_duckdb(path: Path) -> None:
     assert [row[1] for row in rows] == TEXT
     assert [list(row[2]) for row in rows] == [[i] * 3 for i in INDICES]
     assert [row[3:] for row in rows] == [(i, i, i) for i in INDICES]
+
+
+@pytest.mark.parametrize("first", [[{"a": 0, "p": None}] * 2, [{"a": 0}] * 2], ids=["no value", "no column"])
+def test_columns_that_have_values_in_some_files_only(tmp_path: Path, first: Any) -> None:
+    """As docs/predictions.md says to read them."""
+    for rank, prediction in enumerate([first, [{"a": 1, "p": "x"}, {"a": 1, "p": "y"}]]):
+        run = opened(tmp_path, rank, 2)
+        shards = run.shards()
+        shards.write(Columns().batch(prediction, 2, [2 * rank, 2 * rank + 1], 0))
+        shards.close(complete=True)
+        run.release()
+    files = sorted(map(str, tmp_path.glob("**/*.parquet")))
+    expected = [None, None, "x", "y"]
+    assert read_predictions(tmp_path)["p"].to_pylist() == expected
+    frame = pandas.concat(map(pandas.read_parquet, files))
+    assert [text if isinstance(text, str) else None for text in frame["p"]] == expected
+    assert polars.concat(map(polars.read_parquet, files), how="diagonal_relaxed")["p"].to_list() == expected
+    found = duckdb.sql(f"select p from read_parquet('{tmp_path}/**/*.parquet', union_by_name = true) order by index")
+    assert found is not None
+    assert [row[0] for row in found.fetchall()] == expected
 
 
 @pytest.mark.full
