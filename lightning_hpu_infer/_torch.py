@@ -28,6 +28,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from lightning_hpu_infer import _dynamo
 from lightning_hpu_infer.randomness import tracing
 
 __all__ = [
@@ -66,35 +67,8 @@ _LIBRARIES = tuple(str(Path(file).parent) for file in (__file__, torch.__file__,
 Dispatch = TorchDispatchMode
 
 
-def _settings() -> dict[str, Any]:
-    """Dynamo's settings while it compiles for us, by the names that this torch has."""
-    limits = (
-        ("recompile_limit", "accumulated_recompile_limit")  # since torch 2.7
-        if hasattr(dynamo_config, "accumulated_recompile_limit")
-        else ("cache_size_limit", "accumulated_cache_size_limit")
-    )
-    settings: dict[str, Any] = {
-        # Dynamo counts how often it compiled a code object, and past a limit silently runs that code as Python from
-        # then on. After a graph break the code of `nn.Module.__call__` and of the user's classes is compiled
-        # separately, once per model, so a process with many models would reach the limit. `TracedCall` has its limits.
-        limits[0]: 2**20,
-        limits[1]: 2**20,
-        # By default there is no guard on hooks, so that one which is registered later is not called.
-        "skip_nnmodule_hook_guards": False,
-        # By default an `assert` on tensors becomes an op without a result, whose failure would be lost.
-        "rewrite_assert_with_torch_assert": False,
-        # By default NumPy is imitated with torch: other random numbers, other types, other order of ties.
-        "trace_numpy": False,
-        # By default everything that calls an `nn.LSTM` runs plainly.
-        "allow_rnn": True,
-    }
-    if hasattr(dynamo_config, "skip_guards_on_constant_func_defaults"):  # since torch 2.10
-        settings["skip_guards_on_constant_func_defaults"] = False
-    return {name: value for name, value in settings.items() if hasattr(dynamo_config, name)}
-
-
 class _Callback:
-    """Dynamo's callback for a frame, under `_settings`. It never raises.
+    """Dynamo's callback for a frame, under `settings` of `_dynamo.py`. It never raises.
 
     Dynamo reads settings only while it compiles, so patching them here costs a compiled call nothing.
     """
@@ -104,7 +78,7 @@ class _Callback:
     ) -> None:
         self._inner = inner
         self._failed, self._timed = failed, timed
-        self._settings = _settings()
+        self._settings = _dynamo.settings()
         self._skipped: weakref.WeakSet[types.CodeType] = weakref.WeakSet()
         """Code of frames that could not be traced."""
         # By this chain Dynamo finds the backend that a compiled frame belongs to (`convert_frame.py`).
@@ -115,7 +89,7 @@ class _Callback:
         if frame.f_code in self._skipped:
             return _skip()
         try:
-            with tracing(), dynamo_config.patch(**self._settings), warnings.catch_warnings():
+            with tracing(), dynamo_config.patch(**self._settings), warnings.catch_warnings(), _dynamo.repaired():
                 # Dynamo warns of code that it traces badly. Where warnings are errors, it would give up there.
                 warnings.simplefilter("ignore")
                 result = self._timed(partial(self._inner, frame, *args, **kwargs))

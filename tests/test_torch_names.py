@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from lightning_hpu_infer import _torch
+from lightning_hpu_infer import _dynamo, _torch
 from lightning_hpu_infer.graphs.replacements import DataReplacements
 from lightning_hpu_infer.graphs.store import tensor_description
 
@@ -55,7 +55,26 @@ def test_every_name_exists() -> None:
     assert all(hasattr(_torch, name) for name in _torch.__all__)
     assert sorted(_torch.__all__) == _torch.__all__
     config = torch._dynamo.config
-    assert all(hasattr(config, name) for name in _torch._settings())
+    assert all(hasattr(config, name) for name in _dynamo.settings())
+
+
+@pytest.mark.parametrize("path", _dynamo.REPAIRS)
+def test_what_is_repaired_exists_and_is_as_before_afterwards(path: str) -> None:
+    _, _, before = _dynamo.found(path)
+    assert before is not None
+    with _dynamo.repaired():
+        assert _dynamo.found(path)[2] is not before
+        with _dynamo.repaired():
+            assert _dynamo.found(path)[2] is not before
+    assert _dynamo.found(path)[2] is before
+
+
+def test_a_name_that_torch_lacks_needs_no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("gone.Class.method", "side_effects.Gone.method", "side_effects.SideEffects.gone"):
+        monkeypatch.setitem(_dynamo.REPAIRS, path, _dynamo.REPAIRS["variables.ConstDictVariable.as_python_constant"])
+        assert _dynamo.found(path)[2] is None
+    with _dynamo.repaired():
+        pass
 
 
 def test_a_function_is_compiled_with_time_taken_and_settings_as_before() -> None:
