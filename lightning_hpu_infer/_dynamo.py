@@ -5,7 +5,6 @@ name that another torch lacks is left out there; `tests/test_torch_names.py` fai
 tested, and `tests/graphs/test_python_state.py` if a repair has no effect.
 """
 
-import copy
 import functools
 import logging
 from collections import deque
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch._dynamo import config, exc
 from torch._dynamo.variables.constant import ConstantVariable
+from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
 
 _Repair = Callable[..., Any]
@@ -114,20 +114,13 @@ def _constant_of(variable: Any) -> Any:
 def _format_value(function: Any, self: Any, spec: Any, flags: int) -> Any:
     """`f"{i:03d}"` of a symbolic number was the number, where no other text is beside it."""
     value = self.pop()
-    if isinstance(value, SymNodeVariable):  # without a source, from which the number would be loaded
-        value = value.realize()
-        if flags & 3:  # `!s` and the like, which were ignored
-            value = ConstantVariable.create(_constant_of(value))
-        elif isinstance(value, SymNodeVariable):
-            value = copy.copy(value)
-            value.source = None
+    if isinstance(value, SymNodeVariable):
+        if not flags & 3:
+            text = f"{{:{spec.as_python_constant()}}}"
+            return self.push(StringFormatVariable.create(text, [value.realize()], {}))
+        value = ConstantVariable.create(_constant_of(value))  # `!s` and the like were ignored
     self.push(value)
     return function(self, spec, flags)
-
-
-def _text_of_number(function: Any, self: Any) -> str:
-    """That text is asked for, and so is a constant of this call. It was made of the number's text."""
-    return str(self.fmt_var.as_python_constant()).format(_constant_of(self.sym_node_var))
 
 
 def _call_builtin(function: Any, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -182,9 +175,15 @@ def _as_constant(function: Any, self: Any) -> Any:
 
 def _create_sourceless(function: Any, tx: Any, value: Any) -> Any:
     """`min(self.bins, key=len)` was one of a copy of `self.bins`."""
-    if isinstance(value, _MUTABLE) and _copies.get(id(value)) is value:
+    if _has_copy(value):
         raise _break("a function that returns a part of its argument")
     return function(tx, value)
+
+
+def _has_copy(value: Any) -> bool:
+    if isinstance(value, _MUTABLE) and _copies.get(id(value)) is value:
+        return True
+    return type(value) in (list, tuple) and any(_has_copy(each) for each in value)
 
 
 def _is_constant(function: Any, self: Any) -> bool:
@@ -213,7 +212,6 @@ def _call_wrapper(function: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 REPAIRS: dict[str, _Repair] = {
     "symbolic_convert.InstructionTranslatorBase._format_value": _format_value,
-    "variables.lazy.LazySymNodeFormatString.__repr__": _text_of_number,
     "variables.builtin.BuiltinVariable.call_function": _call_builtin,
     "variables.builder.VariableBuilder.wrap_listlike": _wrap_listlike,
     "variables.constant.ConstantVariable.is_literal": _is_literal,

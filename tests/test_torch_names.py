@@ -347,3 +347,12 @@ def test_names_that_torch_adds_to_its_own_classes_do_not_look_like_a_patch(monke
     before = functions.now()
     monkeypatch.setattr(nn.Module, "___added_by_torch", False, raising=False)
     assert functions.now() == before
+
+
+# What Dynamo logs
+
+
+def test_a_break_of_the_graph_writes_nothing_about_dynamo(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        assert Compiles().compile(reads)(torch.ones(3)).tolist() == [4.0] * 3
+    assert [record for record in caplog.records if record.name.startswith("torch._dynamo")] == []

@@ -41,6 +41,14 @@ def outcome(accelerator: Any, name: str) -> Any:
     return [plain(each) for each in predict(accelerator, module, rows(12, 2))], plain(module.s)
 
 
+# What TorchDynamo traces wrongly by itself. The default run has these, `make full` has all.
+REPAIRED = ("f-string", "format ", "tuple", "deque of", "generator", "lru_cache", "least", "array", "set of", "default")
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    return [] if name.startswith(REPAIRED) else [pytest.mark.full]
+
+
 def test_all_files_of_steps_are_read() -> None:
     files = {step.compute.__module__ for step in STEPS.values()}
     assert files == {module.__name__ for module in (python_state, python_containers, python_names)}
@@ -48,7 +56,7 @@ def test_all_files_of_steps_are_read() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*runs? without")
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in STEPS])
 def test_rule_1_what_python_computes_in_a_traced_step_is_as_in_stock(name: str) -> None:
     expected = outcome("cpu", name)
     assert outcome(HPUInferenceAccelerator(), name) == expected
