@@ -5,6 +5,7 @@ from itertools import islice
 from operator import index
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -98,6 +99,19 @@ def hands_over_any(loader: Any) -> bool:
     return bool(getattr(loader, "num_workers", 0)) and not getattr(loader, "in_order", True)
 
 
+def _draw_seed_of_workers(loader: DataLoader[Any]) -> None:
+    """Draw a dataloader's seed of its workers now, before its sampler draws, as its iterator does (torch 2.13).
+
+    So the sampler yields what it would yield in stock Lightning. The iterator draws the same seed of a generator that
+    is like the one before.
+    """
+    own = torch.default_generator if loader.generator is None else loader.generator
+    before = torch.Generator(own.device)
+    before.set_state(own.get_state())
+    torch.empty((), dtype=torch.int64).random_(generator=own)
+    loader.generator = before
+
+
 class Reordered:
     """One dataloader of a run: lets it yield samples by length, and collects predictions in their stock order.
 
@@ -128,6 +142,7 @@ class Reordered:
             )
         size = batches.batch_size
         # With a limit, the samples are those that stock Lightning would predict. A sampler may be endless.
+        _draw_seed_of_workers(loader)
         self._samples = list(islice(batches.sampler, int(min(max_batches * size, 2**62))))
         lengths = lengths_of(loader.dataset, self._samples, by)
         # Positions, not samples, since a sampler may repeat one.
