@@ -153,6 +153,13 @@ def _is_literal(function: Any, value: Any, *args: Any) -> bool:
     )
 
 
+def _call_deque(function: Any, self: Any, tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """A copy of a deque had no bound."""
+    if name == "copy":
+        raise _break("a copy of a deque")
+    return function(self, tx, name, *args, **kwargs)
+
+
 def _change_list(function: Any, self: Any, tx: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """Any other list that is a constant for Dynamo: to break the graph would change a copy, so nothing is traced."""
     if self.mutation_type is None and name in _CHANGES_OF_LISTS:
@@ -162,6 +169,8 @@ def _change_list(function: Any, self: Any, tx: Any, name: str, *args: Any, **kwa
 
 def _track_existing(function: Any, self: Any, item: Any, *args: Any, **kwargs: Any) -> Any:
     """Additions to a set of what is not text or numbers were lost: assignments to its attributes were looked for."""
+    if isinstance(item, set) and type(item) is not set:
+        raise _break("a subclass of set")
     track = self.track_mutable if type(item) is set else functools.partial(function, self)
     return track(item, *args, **kwargs)
 
@@ -216,6 +225,7 @@ REPAIRS: dict[str, _Repair] = {
     "variables.builder.VariableBuilder.wrap_listlike": _wrap_listlike,
     "variables.constant.ConstantVariable.is_literal": _is_literal,
     "variables.lists.ListVariable.call_method": _change_list,
+    "variables.lists.DequeVariable.call_method": _call_deque,
     "side_effects.SideEffects.track_object_existing": _track_existing,
     "variables.lists.BaseListVariable.as_python_constant": _as_constant,
     "variables.lists.DequeVariable.as_python_constant": _as_constant,

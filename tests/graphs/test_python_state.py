@@ -48,7 +48,13 @@ REPAIRED = (
 )
 
 
+# An attribute of the module's class that the step sets, and reads again from the module.
+WRONG = {"class attribute of the module"}
+
+
 def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in WRONG:
+        return [pytest.mark.full, pytest.mark.xfail(strict=True, reason="TorchDynamo reads the former value")]
     return [] if name.startswith(REPAIRED) else [pytest.mark.full]
 
 
