@@ -20,6 +20,12 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names of tests that are others in each process, which pytest-xdist needs to be the same."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"names with addresses: {named}")
+
+
 # Not ours: a DataLoader's feeder thread lives until its iterator is collected, tqdm's monitor for ever.
 _STAYING = {"QueueFeederThread", "tqdm_monitor"}
 

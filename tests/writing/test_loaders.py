@@ -74,7 +74,7 @@ def test_such_batches_of_another_size_are_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Your `predict_dataloader`'s sampler has shuffling enabled")
 @pytest.mark.parametrize("accelerator", ["cpu", "hpu"])
 @pytest.mark.parametrize("kind", [Filters, DataLoader])
-@pytest.mark.parametrize("options", [{"shuffle": True}, {"sampler": SubsetRandomSampler(range(COUNT))}], ids=str)
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"sampler": SubsetRandomSampler(range(COUNT))}], ids=" ".join)
 def test_shuffled_samples_without_indices_are_not_gone_on_with(
     tmp_path: Path, kind: Any, options: dict[str, Any], accelerator: str
 ) -> None:
