@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch._dynamo import config, exc
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
+
+from lightning_hpu_infer.held import is_users
 
 _Repair = Callable[..., Any]
 """Called with the original function and its arguments."""
@@ -211,10 +214,8 @@ def _is_supported_random(function: Any, generator: Any) -> bool:
 def _call_wrapper(function: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """The cache of a function with `functools.lru_cache` was neither read nor filled."""
     wrapped = getattr(self.wrapper_obj, "__wrapped__", None)
-    if (
-        hasattr(self.wrapper_obj, "cache_info")
-        and (getattr(wrapped, "__module__", "") or "").partition(".")[0] != "torch"
-    ):
+    # Libraries cache what is installed and the like, on each call of a model.
+    if hasattr(self.wrapper_obj, "cache_info") and isinstance(wrapped, FunctionType) and is_users(wrapped):
         raise _break("a function with functools.lru_cache")
     return function(self, *args, **kwargs)
 

@@ -15,8 +15,9 @@ MAX_LINES = 400
 
 # A module imports only from the lines above its own. A package stands for all of its modules that are not listed.
 LAYERS = [
-    {"_dynamo", "bytecode", "links", "nested", "observer", "randomness"},
+    {"bytecode", "links", "nested", "observer", "randomness"},
     {"held"},
+    {"_dynamo"},
     {"_habana", "_lightning", "_torch", "kinds", "shared"},
     {"ahead", "arrays", "lengths.pad", "ownership", "recipes"},
     {"config", "devices", "facts", "late"},
