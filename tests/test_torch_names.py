@@ -78,7 +78,8 @@ def test_a_name_that_torch_lacks_needs_no_repair(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_function_is_compiled_with_time_taken_and_settings_as_before() -> None:
-    Compiles().compile(shifted)(torch.ones(2))  # in a process the first one has Dynamo trace functions of its own too
+    first = Compiles()
+    first.compile(shifted)(torch.ones(2))  # in a process the first one has Dynamo trace functions of its own too
     config, compiles = torch._dynamo.config.save_config(), Compiles()
     compiled = compiles.compile(shifted)
     assert [compiled(torch.ones(2)).tolist() for _ in range(3)] == [[3.0, 3.0]] * 3

@@ -14,8 +14,8 @@ SAYING = {"rank_zero_warn", "rank_zero_info", "warn", "add_note", "say"}
 # As stock Lightning says it, and Python.
 STOCK = ("predict returned None if it was on purpose", "module … has no attribute …")
 ANY = "…"
-# What is said there is said to those who develop the emulator, or by a command that explains itself.
-ELSEWHERE = ("emulator/", "verify/", "cli.py", "doctor.py", "facts.py")
+# What is said there is said to TorchDynamo, to those who develop the emulator, or by a command that explains itself.
+ELSEWHERE = ("_dynamo.py", "emulator/", "verify/", "cli.py", "doctor.py", "facts.py")
 
 
 def template(node: ast.expr) -> str:
