@@ -19,6 +19,7 @@ from torch._dynamo import config, exc
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.misc import StringFormatVariable
 from torch._dynamo.variables.tensor import SymNodeVariable
+from torch._dynamo.variables.user_defined import UserDefinedClassVariable
 
 from lightning_hpu_infer.held import is_users
 
@@ -203,6 +204,13 @@ def _is_constant(function: Any, self: Any) -> bool:
     return not isinstance(vars(self).get("value"), np.ndarray) and bool(function(self))
 
 
+def _store_attribute(function: Any, self: Any, item: Any, *args: Any, **kwargs: Any) -> Any:
+    """What was assigned to a class was not seen at its objects."""
+    if isinstance(item, UserDefinedClassVariable):
+        raise _break("an attribute of a class")
+    return function(self, item, *args, **kwargs)
+
+
 # What has a state of its own
 
 
@@ -228,6 +236,7 @@ REPAIRS: dict[str, _Repair] = {
     "variables.lists.ListVariable.call_method": _change_list,
     "variables.lists.DequeVariable.call_method": _call_deque,
     "side_effects.SideEffects.track_object_existing": _track_existing,
+    "side_effects.SideEffects.store_attr": _store_attribute,
     "variables.lists.BaseListVariable.as_python_constant": _as_constant,
     "variables.lists.DequeVariable.as_python_constant": _as_constant,
     "variables.ConstDictVariable.as_python_constant": _as_constant,

@@ -44,18 +44,19 @@ def outcome(accelerator: Any, name: str) -> Any:
 # What TorchDynamo traces wrongly by itself. The default run has these, `make full` has all.
 REPAIRED = (
     *("f-string 0", "f-string s", "f-string in", "f-string compared", "f-string method", "format 0", "format of"),
-    *("tuple", "deque of", "generator b", "generator's ra", "lru_cache", "least", "array", "set of", "default reached"),
+    *(
+        "tuple",
+        "deque of",
+        "generator b",
+        "generator's ra",
+        "lru_cache",
+        "least",
+        "array",
+        "set of",
+        "default reached",
+        "class attr",
+    ),
 )
-
-
-# An attribute of the module's class that the step sets, and reads again from the module.
-WRONG = {"class attribute of the module"}
-
-
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    if name in WRONG:
-        return [pytest.mark.full, pytest.mark.xfail(strict=True, reason="TorchDynamo reads the former value")]
-    return [] if name.startswith(REPAIRED) else [pytest.mark.full]
 
 
 def test_all_files_of_steps_are_read() -> None:
@@ -65,7 +66,9 @@ def test_all_files_of_steps_are_read() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*runs? without")
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in STEPS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith(REPAIRED) else [pytest.mark.full]) for name in STEPS]
+)
 def test_rule_1_what_python_computes_in_a_traced_step_is_as_in_stock(name: str) -> None:
     expected = outcome("cpu", name)
     assert outcome(HPUInferenceAccelerator(), name) == expected
