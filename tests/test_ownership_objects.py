@@ -36,7 +36,8 @@ def test_what_an_object_holds_is_copied(name: str, holder: Callable[[Any], Any])
     assert str(see(copied)) == before
     change(data[0], "2")
     assert str(see(data[0])) != before
-    gc.collect()
+    if "weak" in name:
+        gc.collect()  # which takes a second in a process with many modules
     assert str(see(copied)) == before
 
 

@@ -242,6 +242,7 @@ def test_a_part_of_a_tensor_is_sent_without_the_rest() -> None:
     assert len(dumps(torch.zeros(1000, 1000)[3])) < 5000
 
 
+@pytest.mark.usefixtures("path_without_vision")
 def test_what_does_not_pickle_is_an_error_where_it_is_opened_and_none_of_the_pools_threads() -> None:
     """These pickle, and fail the futures that others end at the same time."""
     sent = pickle.loads(pickle.dumps(Parcel((each for each in "abc"), "What `predict_step` returned")))

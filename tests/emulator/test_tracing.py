@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from tests.helpers import installed
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"]),
-]
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+MODES = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+# What takes seconds is traced alike in both modes.
+SELDOM_EAGER = pytest.mark.parametrize(
+    "lazy", [True, pytest.param(False, marks=pytest.mark.full)], ids=["lazy", "eager"]
+)
 GRAD_MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 
 
@@ -62,6 +64,7 @@ LITERALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @GRAD_MODES
 @pytest.mark.parametrize("name", LITERALS)
+@MODES
 def test_constants_are_fake_while_tracing_and_real_in_each_call(lazy: bool, name: str, mode: Any) -> None:
     function = LITERALS[name]
     with installed(lazy=lazy), mode():
@@ -74,6 +77,7 @@ def test_constants_are_fake_while_tracing_and_real_in_each_call(lazy: bool, name
         assert traced.values()[-1].device.type == "hpu"
 
 
+@MODES
 def test_uninstall_leaves_fake_tensors_as_they_were(lazy: bool) -> None:
     from torch._dynamo import trace_rules
     from torch._subclasses import FakeTensorMode
@@ -84,6 +88,7 @@ def test_uninstall_leaves_fake_tensors_as_they_were(lazy: bool) -> None:
     assert (dict(vars(FakeTensorMode)), trace_rules.get_legacy_mod_inlinelist()) == before
 
 
+@MODES
 def test_a_forward_that_assigns_attributes_is_one_graph(lazy: bool) -> None:
     class Remembers(nn.Module):
         count: torch.Tensor
@@ -110,6 +115,7 @@ def test_a_forward_that_assigns_attributes_is_one_graph(lazy: bool) -> None:
         assert net.count.tolist() == [2.0]
 
 
+@MODES
 def test_weights_replaced_through_data_are_seen_by_traced_code(lazy: bool) -> None:
     net = nn.Linear(2, 1, bias=False)
     with installed(lazy=lazy), torch.inference_mode():
@@ -192,6 +198,7 @@ def _model(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", MODELS)
+@SELDOM_EAGER
 def test_a_model_of_transformers_is_one_graph(lazy: bool, name: str) -> None:
     with installed(lazy=lazy), torch.inference_mode():
         net, inputs = _model(name)
@@ -214,6 +221,7 @@ def test_a_model_of_transformers_is_one_graph(lazy: bool, name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # transformers' advice, and dynamo's about caches and limits
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@SELDOM_EAGER
 def test_generate(lazy: bool) -> None:
     name = "gpt2" if lazy else "bart"  # each takes ten seconds
     with installed(lazy=lazy), torch.inference_mode():

@@ -50,7 +50,7 @@ def predictions(accelerator: Any, make: Change, loaders: Any, batch: int = BEFOR
         return predict(accelerator, Module().eval(), loaders, callbacks=[callback])
 
 
-MODES = pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+MODES = pytest.mark.parametrize("lazy", [True, pytest.param(False, marks=pytest.mark.full)], ids=["lazy", "eager"])
 quiet = pytest.mark.filterwarnings("ignore:.*runs? without")
 
 
@@ -158,7 +158,7 @@ ON_THE_DEVICE = {"None becomes a tensor", "a tensor in a list", "autocast_in_the
 
 @quiet
 @pytest.mark.parametrize("name", [each for each in changes() if each.values[0] not in ON_THE_DEVICE])
-@pytest.mark.parametrize("lazy", [True, pytest.param(False, marks=pytest.mark.full)], ids=["lazy", "eager"])
+@MODES
 def test_rule_5_a_change_between_runs_equals_stock(name: str, lazy: bool) -> None:
     expected = between_runs("cpu", CHANGES[name])
     with installed(lazy=lazy):

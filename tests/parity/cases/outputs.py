@@ -48,7 +48,7 @@ class Scores:
     name: str
 
 
-@case(captures=3, replays=0)
+@case(captures=2, replays=1)
 def outputs_of_dataclasses() -> Case:
     return Case(Stepped(lambda m, x, i: Scores(m.net(x), f"batch {i}")), rows(8, 2))
 
