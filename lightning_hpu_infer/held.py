@@ -39,6 +39,7 @@ CONSTANT = (
 _LOOKED_AT, _DEPTH, _OBJECTS = 16, 4, 20_000
 _LEAVES = frozenset((bool, int, float, str, bytes, type(None)))
 _BEFORE_A_RUN = ("__init__", "__post_init__", "__new__", "__setstate__")
+_NOT_PREDICTING = ("reset_parameters", "init_weights", "_init_weights", "configure_optimizers", "training_step")
 _HOOKS_OF_MODULES = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _ITERATORS: tuple[type[Any], ...] = (
     map,
@@ -111,6 +112,7 @@ class Reach:
     def drawing(self) -> str:
         """What is seen to draw random numbers or to seed, libraries' classes included; empty for nothing."""
         functions = self.functions().union(*(functions_of(kind) for kind in {type(held.value) for held in self}))
+        functions = {function for function in functions if function.__name__ not in _NOT_PREDICTING}
         codes = {function.__qualname__: function.__code__ for function in functions}
         found = {name for name, code in codes.items() if draws(code)}
         trains = any("train" in names_in(code) for code in codes.values())

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_hpu_infer import HPUInferenceAccelerator
+from lightning_hpu_infer.ahead import reason_against
 from tests.helpers import Net, Rows, assert_equal, predict
 
 
@@ -110,3 +111,31 @@ def test_numbers_that_steps_and_batches_draw_are_those_of_stock(case: str, flags
     if case == "dropout" and device == "emulator":
         pytest.skip("a device has other random numbers")
     assert_equal(run(HPUInferenceAccelerator(**flags, hpu_graphs=False)), run("cpu"))
+
+
+class Trained(Net):
+    """Draws random numbers, but not to predict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(next(self.net.parameters()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return torch.rand(1)
+
+    def forward(self, batch: Any) -> Any:
+        return self.dropout(self.net(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self(batch)
+
+
+def test_what_draws_to_train_is_no_reason() -> None:
+    loaders = [DataLoader(Random(RANDOM["torch"])), DataLoader(Rows(2))]
+    assert not reason_against(loaders, [Trained().eval()])
+    assert "draw random numbers" in reason_against(loaders, [Scaled(RANDOM["torch"])])
+    assert "draw random numbers" in reason_against(loaders[1:] * 2, [Scaled(RANDOM["torch"])])
+    assert not reason_against(loaders[1:], [Scaled(RANDOM["torch"])])
