@@ -127,6 +127,26 @@ def _format_value(function: Any, self: Any, spec: Any, flags: int) -> Any:
     return function(self, spec, flags)
 
 
+def _plain(variable: Any) -> Any:
+    """Text of symbolic numbers as that of this call, with a guard on them; anything else as it is."""
+    if not isinstance(variable, StringFormatVariable):
+        return variable
+    args = [_constant_of(each) for each in variable.sym_args]
+    kwargs = {name: _constant_of(each) for name, each in variable.sym_kwargs.items()}
+    return ConstantVariable.create(variable.format_string.format(*args, **kwargs))
+
+
+def _make_key(function: Any, self: Any, key: Any) -> None:
+    """Text of a symbolic number was a key that no other text is equal to."""
+    function(self, _plain(key))
+
+
+def _hash(function: Any, self: Any, tx: Any) -> Any:
+    """And its hash was that of the variable."""
+    text = _plain(self)
+    return function(self, tx) if text is self else text.hash_impl(tx)
+
+
 def _call_builtin(function: Any, self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     """`format(i, "03d")` was traced as `str(i).format("03d")`."""
     if self.fn is not format:
@@ -230,6 +250,8 @@ def _call_wrapper(function: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 REPAIRS: dict[str, _Repair] = {
     "symbolic_convert.InstructionTranslatorBase._format_value": _format_value,
+    "variables.hashable.HashableTracker.__init__": _make_key,
+    "variables.base.VariableTracker.hash_impl": _hash,
     "variables.builtin.BuiltinVariable.call_function": _call_builtin,
     "variables.builder.VariableBuilder.wrap_listlike": _wrap_listlike,
     "variables.constant.ConstantVariable.is_literal": _is_literal,

@@ -105,6 +105,31 @@ add("f-string of a size", nothing, lambda m, y, i: f"{y.shape} {y.shape[0]:03d} 
 add("f-string of a float", lambda: [0.5], lambda m, y, i: (m.s.append(m.s[-1] * 1.5), f"{m.s[-1]:.3f}")[1])
 add("f-string nested", nothing, lambda m, y, i: f"{f'{i:03d}':>6}")
 add("f-string as a key", dict, lambda m, y, i: m.s.update({f"{i:03d}": i}))
+add("f-string as a key again", dict, lambda m, y, i: (m.s.setdefault(f"k{i % 2}", []).append(i), len(m.s)))
+add("f-string as a key of counts", collections.Counter, lambda m, y, i: (m.s.update([f"k{i % 2}"]), m.s[f"k{i % 2}"]))
+add("f-string as a key of lists", lambda: collections.defaultdict(list), lambda m, y, i: (
+    m.s[f"{i % 2:02d}"].append(i), len(m.s)))  # fmt: skip
+add("f-string as a key that is got", lambda: {"k0": 1, "k1": 2}, lambda m, y, i: (
+    m.s.get(f"k{i % 3}"), f"k{i % 3}" in m.s, m.s.pop(f"k{i - 2}", None)))  # fmt: skip
+add("f-string in a set", set, lambda m, y, i: (m.s.add(f"k{i % 2}"), len(m.s)))
+add("f-string in a list kept", list, lambda m, y, i: (f"k{i % 2}" in m.s, m.s.append(f"k{i % 2}"), m.s.count("k1")))
+add("f-string found in a list", lambda: ["k1", "k0"], lambda m, y, i: m.s.index(f"k{i % 2}"))
+add(
+    "f-string compared with others",
+    lambda: ["k0"],
+    lambda m, y, i: (f"k{i}" == m.s[0], f"k{i}" != "k1", f"k{i}" < "k2"),
+)
+add("f-string of an attribute", lambda: types.SimpleNamespace(k0=1, k1=2), lambda m, y, i: (
+    setattr(m.s, f"n{i % 2}", i), getattr(m.s, f"k{i % 2}"), hasattr(m.s, f"n{i}")))  # fmt: skip
+add("f-string taken apart", nothing, lambda m, y, i: (
+    f"k{i}"[1:], f"k{i}".startswith("k1"), "1" in f"k{i}", int(f"{i}1"), len(f"{i * 50}"), f"{i},{i}".split(",")))  # fmt: skip
+add("f-string sorted", nothing, lambda m, y, i: (sorted([f"{9 - i}", "5"]), max(f"{i}", "2"), "-".join([f"{i}", "a"])))
+add("f-string hashed", nothing, lambda m, y, i: (hash(f"k{i}") == hash(f"k{i:d}"), {f"k{j}": j for j in range(i)}))
+add(
+    "f-string that decides",
+    nothing,
+    lambda m, y, i: "first" if f"k{i}" == "k0" else y * 2 if f"{i}" in ("2", "4") else y,
+)
 add("f-string kept", list, lambda m, y, i: m.s.append(f"{i:03d}"))
 add("format of a float", lambda: types.SimpleNamespace(t=0.25), lambda m, y, i: (
     setattr(m.s, "t", m.s.t * 2), format(m.s.t, ".3f"))[1])  # fmt: skip

@@ -43,7 +43,17 @@ def outcome(accelerator: Any, name: str) -> Any:
 
 # What TorchDynamo traces wrongly by itself. The default run has these, `make full` has all.
 REPAIRED = (
-    *("f-string 0", "f-string s", "f-string in", "f-string compared", "f-string method", "format 0", "format of"),
+    *(
+        "f-string 0",
+        "f-string s",
+        "f-string in",
+        "f-string as",
+        "f-string h",
+        "f-string compared",
+        "f-string method",
+        "format 0",
+        "format of",
+    ),
     *(
         "tuple",
         "deque of",
