@@ -89,7 +89,12 @@ def test_a_batch_number_that_is_used_leaves_graphs_to_the_networks(name: str) ->
 
 
 def test_a_batch_number_in_a_text_is_right() -> None:
-    assert run(Model(step=lambda n, x, i: {f"batch {i}": n(x)}), sizes(*[2] * 30)).replays >= 15
+    assert run(Model(step=lambda n, x, i: {"name": f"batch {i}", "y": n(x)}), sizes(*[2] * 30)).replays >= 15
+
+
+def test_a_batch_number_in_a_key_leaves_graphs_to_the_networks() -> None:
+    with one_warning("`predict_step` as a whole runs without a graph from now on"):
+        assert run(Model(step=lambda n, x, i: {f"batch {i}": n(x)}), sizes(*[2] * 30)).replays >= 15
 
 
 def test_two_values_of_a_batch_number_are_two_traces() -> None:
